@@ -1,0 +1,57 @@
+"""Results as markdown: under which conditions, and one table."""
+
+import argparse
+import datetime
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the tables to this file, too")
+    return parser
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def installed(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} not installed"
+
+
+def conditions(title: str) -> str:
+    packages = map(installed, ("torch", "transformers", "torchao", "gptq-fx"))
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "CPU": f"{cpu()}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "versions": ", ".join((f"Python {platform.python_version()}", *packages)),
+        "command": f"`python {shlex.join(sys.argv)}`",
+    }
+    return "\n".join((f"# {title}", "", *(f"* {key}: {value}" for key, value in facts.items())))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column is aligned to the left, the others, which are numbers, to the right."""
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def publish(text: str, out: Path | None) -> None:
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")

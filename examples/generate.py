@@ -1,0 +1,68 @@
+"""Text from a dense and from a 4-bit model, both compiled; speed, size and perplexity of both."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import gptq_fx
+from measure import Tokenizer, generation, held_out_windows, perplexity
+from smollm2 import checkpoint
+
+PROMPT = "Why is the sky blue? Explain it to a child, step by step."
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Dense against 4-bit, both through torch.compile.")
+    parser.add_argument("--model", help="folder or HF id (default: SmolLM2-135M from a PyPI wheel)")
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=20, help="of 512 tokens, for perplexity")
+    return parser.parse_args(argv)
+
+
+def measure(
+    name: str, model: PreTrainedModel, tokenizer: Tokenizer, args: argparse.Namespace
+) -> dict[str, float]:
+    run = generation(model, tokenizer, args.prompt, args.new_tokens)
+    print(f"\n== {name}\n{run.text.strip()}\n")
+    return {
+        "compile [s]": run.compile_seconds,
+        "prefill [tokens/s]": run.prefill,
+        "decode [tokens/s]": run.decode,
+        "weights [MB]": model.get_memory_footprint() / 1e6,
+        "perplexity": perplexity(model, held_out_windows(tokenizer, args.windows)),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    if args.model is None:
+        args.model = checkpoint()
+        print("SmolLM2-135M-Instruct, de-quantized from Q4_1: not the original bf16 model")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+
+    # `model.compile()`, not `torch.compile(model)`: the wrapper that the latter returns has the
+    # `generate` of the original module, which never calls the compiled forward.
+    model.compile()
+    dense = measure("dense bf16, Inductor", model, tokenizer, args)
+
+    config = gptq_fx.GPTQConfig(bits=args.bits, group_size=args.group_size)
+    report = gptq_fx.quantize(model, config)  # in place; rounds to nearest, as there is no data
+    print(report)
+    torch.compiler.reset()
+    model.compile(backend="gptq")
+    packed = measure(f"{args.bits} bits, gptq", model, tokenizer, args)
+
+    print(f"\n{'':20}{'dense bf16':>14}{f'{args.bits} bits':>14}{'ratio':>8}")
+    for key, value in dense.items():
+        print(f"{key:20}{value:14.1f}{packed[key]:14.1f}{packed[key] / value:8.2f}")
+    print("Held-out text: Python's help texts. Prefill and decode as `generate` gives them.")
+
+
+if __name__ == "__main__":
+    main()

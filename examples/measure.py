@@ -1,0 +1,92 @@
+"""What the examples measure: the speed of `model.generate` and perplexity on held-out text."""
+
+import math
+import time
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+Tokenizer = PreTrainedTokenizerBase
+
+
+class Stopwatch(BaseStreamer):
+    """Notes the time at which `generate` hands over the prompt and then each new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy generation for one prompt, as the caller of `generate` sees it."""
+
+    text: str
+    compile_seconds: float  # the first call less the second
+    prefill: float  # tokens/s of the prompt, up to the first new token
+    decode: float  # tokens/s of the new tokens after the first
+
+
+def generation(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> Generation:
+    """Generates twice: the first call compiles prefill and decode, the second is timed."""
+    message = [{"role": "user", "content": prompt}]
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = inputs.input_ids.shape[1]
+
+    def generate() -> tuple[torch.Tensor, list[float]]:
+        stopwatch = Stopwatch()
+        # The static cache gives prefill and decode one graph each. `disable_compile` stops
+        # transformers from compiling decode on its own: both go through `model.compile` instead.
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            cache_implementation="static",
+            disable_compile=True,
+            streamer=stopwatch,
+        )
+        return tokens[0, length:], stopwatch.times
+
+    with Console(stderr=True).status("compiling prefill and decode"):
+        _, first = generate()
+    tokens, times = generate()
+    return Generation(
+        text=tokenizer.decode(tokens, skip_special_tokens=True),
+        compile_seconds=(first[-1] - first[0]) - (times[-1] - times[0]),
+        prefill=length / (times[1] - times[0]),
+        decode=(len(tokens) - 1) / (times[-1] - times[1]) if len(tokens) > 1 else math.nan,
+    )
+
+
+def held_out_windows(tokenizer: Tokenizer, count: int, length: int = 512) -> torch.Tensor:
+    """[count, length] token ids, spread evenly over the help texts that come with every Python.
+
+    The texts differ between Python versions: compare only what one run prints.
+    """
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood of each window's tokens, given those before them."""
+    losses = []
+    for window in tqdm(windows.to(model.device), desc="perplexity", unit="window", delay=2):
+        # `forward` is the eager way; calling the model would compile one more graph for this shape.
+        logits = model.forward(window[None], use_cache=False).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]))
+    return torch.stack(losses).mean().exp().item()

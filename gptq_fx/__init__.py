@@ -1,0 +1,41 @@
+"""GPTQ as a compiler pass: torch.compile(model, backend="gptq")."""
+
+from gptq_fx.backend import backend
+from gptq_fx.config import GPTQConfig
+from gptq_fx.errors import (
+    ConfigError,
+    DenseUseError,
+    GPTQError,
+    KernelError,
+    SchemeMismatchError,
+    WeightError,
+)
+from gptq_fx.explain import explain
+from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.quantize import quantize
+from gptq_fx.report import Report, SiteRecord
+from gptq_fx.scheme import W4A16, W8A16, Rule, Scheme
+from gptq_fx.weight import QuantizedWeight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "W4A16",
+    "W8A16",
+    "ConfigError",
+    "DenseUseError",
+    "GPTQConfig",
+    "GPTQError",
+    "KernelError",
+    "QuantizedParameter",
+    "QuantizedWeight",
+    "Report",
+    "Rule",
+    "Scheme",
+    "SchemeMismatchError",
+    "SiteRecord",
+    "WeightError",
+    "backend",
+    "explain",
+    "quantize",
+]

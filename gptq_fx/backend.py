@@ -1,0 +1,191 @@
+"""The Dynamo backend: rewrite the graph, hand it to the inner backend, resolve weights at every call."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
+
+from gptq_fx import passes
+from gptq_fx.decide import decide
+from gptq_fx.errors import GPTQError, SchemeMismatchError
+from gptq_fx.lazy import lazy_bytes
+from gptq_fx.options import Options
+from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.passes import Plan
+from gptq_fx.passes.capture import (
+    capture,
+    lifted,
+    names_by_id,
+    parameter_names,
+    running_module,
+)
+from gptq_fx.passes.plan import Site
+
+log = logging.getLogger(__name__)
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """torch.compile(model, backend="gptq", options={...}).
+
+    gm: a graph of Dynamo's, or of torch.fx.symbolic_trace. example_inputs: its real inputs.
+    Returns a function of the graph's inputs. Weights that are still dense are quantized by rounding
+    to nearest, and stay; `gptq_fx.quantize` replaces and frees them.
+    Raises ConfigError on options that are not legal, KernelError where a demanded kernel cannot run,
+    WeightError on NaN or Inf.
+    """
+    parsed = Options.parse(options, mode)
+    graph, values = capture(gm, example_inputs)
+    plan = make_plan(graph, values, parsed)
+    passes.run(graph, plan)
+    return Compiled(graph, plan, values, parsed)
+
+
+def make_plan(graph: fx.GraphModule, values: Sequence[Any], options: Options) -> Plan:
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    return Plan(
+        options.config,
+        options.kernel,
+        dict(zip(placeholders, values, strict=True)),
+        parameter_names(graph, values),
+        options.explicit,
+    )
+
+
+class Compiled:
+    """The compiled graph. One graph may serve many layers, so that it holds no weight: the packs are
+    looked up from the parameters of each call."""
+
+    def __init__(self, graph: fx.GraphModule, plan: Plan, values: Sequence[Any], options: Options) -> None:
+        position = {node: i for i, node in enumerate(plan.values)}
+        self.lifted = graph if graph.meta.get("gptq_lifted") else None
+        self.options = options
+        order = {n: i for i, n in enumerate(graph.graph.nodes) if n.op == "placeholder"}
+        self.operands = [
+            (o, tuple(position[site.weight] for site in o.sites))
+            for o in sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
+        ]
+        swapped = {site.weight for operand in plan.operands for site in operand.sites}
+        # A dense weight whose scheme hangs on its path: nothing guards it, so every new one is checked.
+        self.watched: list[tuple[int, Site]] = []
+        if options.config.by_path:
+            self.watched = [
+                (position[site.weight], site)
+                for site in plan.sites
+                if not site.refusal and not isinstance(plan.tensor(site.weight), QuantizedParameter)
+            ]
+        self.known = {id(plan.tensor(site.weight)) for _, site in self.watched}
+        dropped = {node for node in swapped if not node.users}
+        for node in dropped:
+            graph.graph.erase_node(node)
+        graph.recompile()
+        self.keep = [i for node, i in position.items() if node not in dropped]
+        fakes = [
+            node.meta["example_value"]
+            for operand, _ in self.operands
+            for node in operand.inputs
+            if node is not None
+        ]
+        self.replaces = bool(plan.operands)
+        self.inner = self._compile(graph, [*(values[i] for i in self.keep), *fakes])
+        if any(not isinstance(plan.tensor(node), QuantizedParameter) for node in swapped):
+            number, dense = lazy_bytes()
+            log.warning(
+                "%d dense weights are quantized beside their dense form, which stays in memory "
+                "(%.0f MiB); gptq_fx.quantize(model) would free it",
+                number,
+                dense / 2**20,
+            )
+
+    def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        # Quantized weights have no gradient: a graph that holds some is compiled for inference.
+        with torch.no_grad() if self.replaces else contextlib.nullcontext():
+            if self.options.inner_backend == "inductor":
+                from torch._inductor.compile_fx import compile_fx
+
+                mode = self.options.mode
+                patches = torch._inductor.list_mode_options(mode) if mode else None
+                compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+                return compiled  # type: ignore[no-any-return]
+            inner = lookup_backend(self.options.inner_backend)
+            return inner(graph, inputs)  # type: ignore[arg-type, no-any-return]
+
+    def __call__(self, *args: Any) -> Any:
+        if self.lifted is not None:
+            args = (*args, *lifted(self.lifted))
+        if self.watched:
+            self._check(args)
+        packs: list[Tensor] = []
+        for operand, positions in self.operands:
+            packed = operand.packed([args[i] for i in positions])
+            packs += [t for t in packed.call_tensors() if t is not None]
+        inputs = [args[i] for i in self.keep]
+        if not self.replaces:
+            return self.inner(*inputs, *packs)
+        if not torch.is_grad_enabled():
+            return self.inner(*inputs, *packs)
+        with torch.no_grad():
+            outputs = self.inner(*inputs, *packs)
+        return _refuse_backward(args, outputs)
+
+    def _check(self, args: Sequence[Any]) -> None:
+        for position, site in self.watched:
+            weight = args[position]
+            if id(weight) in self.known:
+                continue
+            names = names_by_id(running_module()).get(id(weight), (site.name,))
+            name = names[0].removesuffix(".weight")
+            decision = decide(
+                weight,
+                name,
+                site.kind,
+                self.options.config,
+                kernel=self.options.kernel,
+                transposed=site.transposed,
+                explicit=self.options.explicit,
+            )
+            if decision.scheme != site.scheme:
+                raise SchemeMismatchError(
+                    f"{name} is to be {decision.scheme or 'dense'}, but shares a compiled graph with "
+                    f"{site.name}, which is {site.scheme or 'dense'}. Call gptq_fx.quantize(model, "
+                    "config) before compiling: torch.compile then tells the two apart"
+                )
+            self.known.add(id(weight))
+
+
+def _refuse_backward(args: Sequence[Any], outputs: Any) -> Any:
+    """The outputs, as differentiable as Dynamo expects them, with a backward that explains itself."""
+    anchor = next((a for a in args if isinstance(a, Tensor) and a.requires_grad), None)
+    if anchor is None:
+        return outputs
+    marked = [
+        _NoBackward.apply(anchor, out)  # type: ignore[no-untyped-call]
+        if isinstance(out, Tensor) and out.is_floating_point()
+        else out
+        for out in outputs
+    ]
+    return type(outputs)(marked) if isinstance(outputs, (list, tuple)) else marked[0]
+
+
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise GPTQError(
+            "backward through a graph with quantized weights: they were replaced for inference and "
+            "have no gradient. Train the dense model, or run under torch.no_grad()"
+        )

@@ -1,0 +1,91 @@
+"""The decision on one weight: its scheme or none, its kernel, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from gptq_fx.config import GPTQConfig
+from gptq_fx.grid import FLOATS
+from gptq_fx.kernels import Kernel, LinearSpec, choose_kernel
+from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.scheme import Rule, Scheme
+
+
+@dataclass(frozen=True)
+class Decision:
+    """scheme None: the weight stays dense. `reason` says why, or what deviates from the request."""
+
+    scheme: Scheme | None
+    kernel: Kernel | None
+    reason: str
+    rule: Rule | None = None
+
+
+def leave_dense(weight: Tensor, reason: str) -> None:
+    """Mark a dense parameter that a later compile must not quantize by default."""
+    weight._gptq_left_dense = reason  # type: ignore[attr-defined]
+
+
+def decide(
+    weight: Tensor,
+    name: str,
+    kind: str,
+    config: GPTQConfig,
+    *,
+    kernel: str = "auto",
+    transposed: bool = False,
+    explicit: bool = False,
+) -> Decision:
+    """What happens to a weight [N, K] ([K, N] if `transposed`) at the site `name` of `kind`.
+
+    explicit: the user gave options, which then apply to weights that `quantize` left dense.
+    Raises KernelError if no kernel, or not the one demanded, can run it.
+    """
+    if isinstance(weight, QuantizedParameter):
+        return _quantized(weight, name, kind, config, kernel, explicit)
+    if weight.dtype not in FLOATS:
+        return Decision(None, None, f"{weight.dtype} weights are not quantized")
+    left = getattr(weight, "_gptq_left_dense", None)
+    if left is not None and not explicit:
+        return Decision(None, None, left)
+    rule = config.rule_for(name, kind)
+    if rule is None or rule.scheme is None:
+        return Decision(None, None, _why_dense(rule, kind, config), rule)
+    K, N = weight.shape if transposed else tuple(weight.shape)[::-1]
+    scheme, fitted = rule.scheme.fitted(K)
+    reasons = [fitted]
+    if scheme.desc_act:
+        scheme = replace(scheme, desc_act=False)
+        reasons.append("act-order needs calibration; without data the natural order is kept")
+    spec = LinearSpec(K, N, scheme, weight.dtype, weight.device.type)
+    chosen, passed_over = choose_kernel(spec, kernel, name)
+    return Decision(scheme, chosen, "; ".join(filter(None, [*reasons, passed_over])), rule)
+
+
+def _quantized(
+    weight: QuantizedParameter,
+    name: str,
+    kind: str,
+    config: GPTQConfig,
+    kernel: str,
+    explicit: bool,
+) -> Decision:
+    rule = config.rule_for(weight.fqn or name, kind)
+    chosen, reason = choose_kernel(weight.packed.spec, kernel, weight.fqn or name)
+    asked = rule.scheme.fitted(weight.packed.spec.in_features)[0] if rule and rule.scheme else None
+    if explicit and asked != weight.scheme:
+        differs = f"quantized before; the options ask for {asked or 'dense'}"
+        reason = "; ".join(filter(None, [differs, reason]))
+    return Decision(weight.scheme, chosen, reason, rule)
+
+
+def _why_dense(rule: Rule | None, kind: str, config: GPTQConfig) -> str:
+    if rule is not None and rule in config.user_rules:
+        return f"left dense by rule {rule}"
+    if kind == "lm_head":
+        return "output projection, skipped by default (lm_head=True quantizes it)"
+    if kind == "router":
+        return "router, skipped by default (a rule that names it quantizes it)"
+    return f"no rule for {kind}"

@@ -1,0 +1,85 @@
+"""explain: what the backend would do with every weight of a model, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gptq_fx.backend import make_plan
+from gptq_fx.config import GPTQConfig
+from gptq_fx.decide import Decision, decide
+from gptq_fx.options import Options
+from gptq_fx.passes import run
+from gptq_fx.passes.capture import capture, names_by_id
+from gptq_fx.passes.match import match
+from gptq_fx.passes.plan import Site
+from gptq_fx.report import Report
+from gptq_fx.scheme import Rule
+
+UNREACHED = "no graph reached it: code that cannot be traced, or not used by these inputs"
+
+_seen: ContextVar[list[tuple[Site, Tensor]]] = ContextVar("gptq_fx_seen")
+
+
+def explain(model: nn.Module, *args: Any, config: GPTQConfig | None = None, **kwargs: Any) -> Report:
+    """Run `model(*args, **kwargs)` once, and report what `backend="gptq"` would do with each weight.
+
+    Nothing is changed. Every graph is observed, also those that several layers share, and weights
+    that no graph reaches are named. Raises KernelError and ConfigError as compiling would.
+    """
+    config = config or GPTQConfig()
+    seen: list[tuple[Site, Tensor]] = []
+    token = _seen.set(seen)
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=_observer)(*args, **kwargs)
+    finally:
+        _seen.reset(token)
+    return _report(model, seen, config)
+
+
+def _observer(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Find the sites when the graph is made, and note their weights whenever it runs."""
+    graph, values = capture(gm, example_inputs)
+    plan = make_plan(graph, values, Options.parse(None, None))
+    run(graph, plan, [match])
+    position = {node: i for i, node in enumerate(plan.values)}
+    sites = [(site, position[site.weight]) for site in plan.sites]
+
+    def observed(*args: Any) -> Any:
+        if (seen := _seen.get(None)) is not None:
+            seen += [(site, args[i]) for site, i in sites]
+        return gm.forward(*args)
+
+    return observed
+
+
+def _report(model: nn.Module, seen: Sequence[tuple[Site, Tensor]], config: GPTQConfig) -> Report:
+    """One record for each use of a weight that was seen, and one for each matrix that was not."""
+    names = names_by_id(model)
+    report = Report()
+    rules: set[Rule | None] = set()
+    multiplied = {id(weight) for site, weight in seen if not site.refusal}
+    done: set[tuple[str, str]] = set()
+    for site, weight in seen:
+        paths = [path.removesuffix(".weight") for path in names.get(id(weight), (site.name,))]
+        name = next((path for path in paths if path.endswith(site.name)), paths[0])
+        if (name, site.kind) in done or (site.refusal and id(weight) in multiplied):
+            continue
+        done.add((name, site.kind))
+        decision = Decision(None, None, site.refusal)
+        if not site.refusal:
+            decision = decide(weight, name, site.kind, config, transposed=site.transposed)
+            rules.add(decision.rule)
+        report.add(name, site.kind, weight, decision)
+    reached = {id(weight) for _, weight in seen}
+    for parameter in model.parameters():
+        if parameter.ndim >= 2 and parameter.is_floating_point() and id(parameter) not in reached:
+            name = names[id(parameter)][0].removesuffix(".weight")
+            report.add(name, "other", parameter, Decision(None, None, UNREACHED))
+    report.note_unused(config, rules)
+    return report

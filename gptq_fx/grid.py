@@ -1,0 +1,79 @@
+"""The integer grid: scales and zero points of a group, and rounding to it.
+
+Symmetric: scale = 2 * absmax / (2^bits - 1), z = 2^(bits-1). Asymmetric: the range of the group,
+widened to hold 0. Scales are rounded to the dtype they are stored in before any code is chosen, so
+that the codes are the nearest ones on the grid that will be used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptq_fx.errors import WeightError
+from gptq_fx.scheme import Scheme
+from gptq_fx.weight import QuantizedWeight
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def find_grid(groups: Tensor, bits: int, sym: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points for groups [*, G, g, N] of W^T -> ([*, G, N] in `dtype`, the same or None).
+
+    A group of zeros gets scale 1.
+    """
+    levels = 2**bits - 1
+    low, high = groups.amin(-2), groups.amax(-2)
+    if sym:
+        scales = 2 * torch.maximum(high, -low) / levels
+    else:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        scales = (high - low) / levels
+    scales = scales.to(dtype)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    zeros = None if sym else (-low / scales.to(low.dtype)).round().clamp(0, levels)
+    return scales, zeros
+
+
+def round_to_grid(groups: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """The nearest codes for groups [*, G, g, N] -> uint8 of the same shape."""
+    z = float(2 ** (bits - 1)) if zeros is None else zeros.unsqueeze(-2)
+    scaled = groups / scales.to(groups.dtype).unsqueeze(-2)
+    return scaled.round_().add_(z).clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise WeightError, naming `name`, if the weight is no floating-point matrix, or holds NaN or Inf."""
+    if weight.dtype not in FLOATS or weight.ndim < 2 or weight.numel() == 0:
+        raise WeightError(
+            f"{name}: found {weight.dtype} {list(weight.shape)}. "
+            "Legal: a non-empty matrix of float32, float16 or bfloat16"
+        )
+    bad = ~torch.isfinite(weight)
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        kind = "NaN" if torch.isnan(weight[bad]).any() else "Inf"
+        raise WeightError(f"{name}: {kind} among {int(bad.sum())} non-finite values, first at {where}")
+
+
+def round_to_nearest(weight: Tensor, scheme: Scheme, name: str = "weight") -> QuantizedWeight:
+    """Quantize W [*, N, K] without data; the act-order of the scheme has no meaning here.
+
+    Raises WeightError, naming `name`, if the weight is no floating-point matrix, or holds NaN or Inf.
+    """
+    check_finite(weight, name)
+    K = weight.shape[-1]
+    size = K if scheme.group_size == -1 else scheme.group_size
+    if K % size:
+        raise WeightError(f"{name}: group_size {size} does not divide its {K} input features")
+    groups = weight.detach().mT.float().unflatten(-2, (K // size, size))
+    scales, zeros = find_grid(groups, scheme.bits, scheme.sym, weight.dtype)
+    codes = round_to_grid(groups, scales, zeros, scheme.bits).flatten(-3, -2)
+    return QuantizedWeight.from_codes(codes, scales, zeros, scheme.bits)
+
+
+def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
+    """||W - W_quantized|| / ||W|| (Frobenius), for W [*, N, K]."""
+    dense = weight.detach().float()
+    difference = quantized.dequantize(torch.float32).sub_(dense).norm()
+    return float(difference / dense.norm().clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,0 +1,27 @@
+"""The kernels, one file per hardware or library: the only place that names a device.
+
+To add one, write its file and import it here.
+"""
+
+from gptq_fx.kernels import cpu, reference
+from gptq_fx.kernels.registry import (
+    Kernel,
+    LinearSpec,
+    Tensors,
+    choose_kernel,
+    get_kernel,
+    kernels,
+    register,
+)
+
+__all__ = [
+    "Kernel",
+    "LinearSpec",
+    "Tensors",
+    "choose_kernel",
+    "cpu",
+    "get_kernel",
+    "kernels",
+    "reference",
+    "register",
+]

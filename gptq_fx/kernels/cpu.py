@@ -1,0 +1,161 @@
+"""Weights of up to 4 bits on the CPU: aten's int4 kernel for few rows, dequantize and matmul for many.
+
+Layout of aten (source: aten/src/ATen/native/cpu/int4mm_kernel.cpp of PyTorch): outputs in blocks of
+BLOCK (64 with AVX512, 32 with AVX2). A full block is bytes [K, BLOCK/2]; byte j holds output j in its
+low and output j + BLOCK/2 in its high half. The outputs left over are one block [K, rest/2] in which
+byte j holds outputs 2j (low) and 2j + 1 (high). The numbers are W[n, k] = (c - 8) * s + m with m real.
+Codes of b bits are stored as c = q + 8 - 2^(b-1), so m = (2^(b-1) - z) * s is 0 where symmetric, and
+loses little to its bf16 elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from gptq_fx.kernels.registry import Kernel, LinearSpec, Tensors, register
+from gptq_fx.ops import define, define_opaque
+from gptq_fx.weight import QuantizedWeight
+
+# Rows up to which aten's kernel is the faster one; examples/benchmarks/cpu_rows.py prints the table.
+FEW_ROWS = 16
+GROUP_SIZES = (256, 128, 64, 32)
+CHUNK = 512  # outputs dequantized at a time: 2 MiB of bf16 at K = 2048
+
+
+@functools.cache
+def available() -> str | None:
+    """aten's kernel has no documented layout: pack a counting pattern and see that we can read it."""
+    if BLOCK == 0:
+        return f"the int4 layout for {torch.backends.cpu.get_cpu_capability()} is not known"
+    codes = torch.arange(2 * BLOCK + 16)[:, None] * 7 + torch.arange(32)
+    codes = (codes % 16).to(torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+    if not torch.equal(unpack_codes(packed), codes.T.to(torch.uint8)):
+        return "aten packs int4 weights in a layout that is not the known one"
+    return None
+
+
+def supports(spec: LinearSpec) -> str | None:
+    if spec.dtype != torch.bfloat16:
+        return f"the int4 kernel is fast in bfloat16 only, the model is {spec.dtype}"
+    if spec.scheme.bits > 4:
+        return f"{spec.scheme.bits}-bit codes do not fit 4 bits"
+    if spec.scheme.desc_act:
+        return "no act-order"
+    if spec.out_features % 16:
+        return f"out_features {spec.out_features} is not a multiple of 16"
+    if kernel_group(spec) is None:
+        return f"group_size {spec.group_size} is not a multiple of 32"
+    return None
+
+
+def note(spec: LinearSpec) -> str | None:
+    return f"{spec.scheme.bits}-bit codes stored in 4 bits" if spec.scheme.bits < 4 else None
+
+
+def kernel_group(spec: LinearSpec) -> int | None:
+    """The group size the kernel runs with: the largest legal one that divides the group."""
+    return next((g for g in GROUP_SIZES if spec.group_size % g == 0), None)
+
+
+def pack(weight: QuantizedWeight, spec: LinearSpec) -> Tensors:
+    """-> packed uint8 [N, K/2], and (s, m) bf16 [K/g, N, 2] with g = kernel_group(spec)."""
+    middle = 2 ** (weight.bits - 1)
+    codes = (weight.codes() + (8 - middle)).mT.to(torch.int32).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+    zeros = weight.zeros()
+    z = middle if zeros is None else zeros.to(weight.scales.dtype)
+    scales_mins = torch.stack([weight.scales, (middle - z) * weight.scales], -1)
+    group = kernel_group(spec)
+    assert group is not None
+    repeats = spec.group_size // group
+    return packed, scales_mins.repeat_interleave(repeats, 0).contiguous()
+
+
+def unpack(tensors: Tensors, spec: LinearSpec) -> QuantizedWeight:
+    packed, scales_mins = tensors
+    group = kernel_group(spec)
+    assert packed is not None and scales_mins is not None and group is not None
+    scales, mins = scales_mins[:: spec.group_size // group].unbind(-1)
+    bits = spec.scheme.bits
+    middle = 2 ** (bits - 1)
+    zeros = None if spec.scheme.sym else (middle - mins.float() / scales.float()).round()
+    return QuantizedWeight.from_codes(unpack_codes(packed) - (8 - middle), scales, zeros, bits)
+
+
+def _block() -> int:
+    return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+BLOCK = _block()
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """packed uint8 [N, K/2] -> the codes, uint8 [K, N]."""
+    N, K = packed.shape[0], packed.shape[1] * 2
+    full = N // BLOCK * BLOCK
+    blocks = packed[:full].reshape(-1, K, BLOCK // 2)
+    codes = torch.cat([blocks & 15, blocks >> 4], -1).transpose(0, 1).reshape(K, full)
+    if full == N:
+        return codes
+    rest = packed[full:].reshape(K, -1)
+    rest = torch.stack([rest & 15, rest >> 4], -1).flatten(-2)
+    return torch.cat([codes, rest], -1)
+
+
+@define(
+    "cpu_int4_linear(Tensor x, Tensor packed, Tensor scales_mins, Tensor? bias, int group_size) -> Tensor"
+)
+def cpu_int4_linear(
+    x: Tensor, packed: Tensor, scales_mins: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """x bf16 [*, K] -> [*, N]; the algorithm is chosen by the number of rows of x."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] <= FEW_ROWS:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_mins)
+    else:
+        y = cpu_int4_many_rows(rows, packed, scales_mins)
+    y = y.reshape(*x.shape[:-1], packed.shape[0])
+    return y if bias is None else y + bias
+
+
+@define_opaque(
+    "cpu_int4_many_rows(Tensor x, Tensor packed, Tensor scales_mins) -> Tensor",
+    fake=lambda x, packed, scales_mins: x.new_empty(x.shape[0], packed.shape[0]),
+)
+def cpu_int4_many_rows(x: Tensor, packed: Tensor, scales_mins: Tensor) -> Tensor:
+    """x bf16 [M, K] -> [M, N]: dequantize as many outputs as stay in cache, multiply, go on."""
+    M, K = x.shape
+    N, groups = packed.shape[0], scales_mins.shape[0]
+    scales, mins = (t.unsqueeze(1).contiguous() for t in scales_mins.unbind(-1))
+    y = x.new_empty(M, N)
+    for start in range(0, N, CHUNK):
+        stop = min(start + CHUNK, N)
+        weight = unpack_codes(packed[start:stop]).to(x.dtype).view(groups, -1, stop - start)
+        weight.sub_(8).mul_(scales[..., start:stop]).add_(mins[..., start:stop])
+        y[:, start:stop] = x @ weight.view(K, stop - start)
+    return y
+
+
+CPU_INT4 = register(
+    Kernel(
+        name="cpu_int4",
+        device="cpu",
+        order=100,
+        available=available,
+        supports=supports,
+        pack=pack,
+        unpack=unpack,
+        op=cpu_int4_linear,
+        op_args=lambda spec: (kernel_group(spec) or 0,),
+        cut_at=lambda spec: BLOCK,
+        cut=lambda tensors, spec, start, stop: (
+            tensors[0][start:stop] if tensors[0] is not None else None,
+            tensors[1][:, start:stop] if tensors[1] is not None else None,
+        ),
+        note=note,
+    )
+)

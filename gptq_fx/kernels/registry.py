@@ -1,0 +1,121 @@
+"""The kernel registry: what each kernel can do, and which one a site gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_fx.errors import KernelError, unknown
+from gptq_fx.scheme import Scheme
+from gptq_fx.weight import QuantizedWeight
+
+Tensors = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """All that a kernel may know of a linear y[*, N] = x[*, K] W[N, K]^T, whatever the number of rows of x."""
+
+    in_features: int
+    out_features: int
+    scheme: Scheme
+    dtype: torch.dtype  # of x, y and the scales
+    device: str  # a device type
+
+    @property
+    def group_size(self) -> int:
+        """Input features in one group, never -1."""
+        size = self.scheme.group_size
+        return self.in_features if size == -1 else size
+
+    @property
+    def groups(self) -> int:
+        return self.in_features // self.group_size
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run a quantized linear.
+
+    name, device: a unique name; the device type it runs on, None for every device.
+    order: preference among the kernels that can run a site, smallest first; from measured tables.
+    available: None, or why this machine cannot run it. Cheap, cached by the kernel where it is not.
+    supports: None, or why the kernel refuses the spec. A pure function of the spec.
+    pack, unpack: QuantizedWeight -> the kernel's tensors, and the exact inverse.
+    op, op_args: the op is called as op(x, *tensors, bias, *op_args(spec)).
+    cut_at, cut: along N the layout can be cut at multiples of cut_at(spec);
+        cut(tensors, spec, start, stop) gives views that are the pack of those rows.
+    note: None, or what a user should know about how the kernel stores the spec.
+    """
+
+    name: str
+    device: str | None
+    order: int
+    available: Callable[[], str | None]
+    supports: Callable[[LinearSpec], str | None]
+    pack: Callable[[QuantizedWeight, LinearSpec], Tensors]
+    unpack: Callable[[Tensors, LinearSpec], QuantizedWeight]
+    op: torch._ops.OpOverload
+    op_args: Callable[[LinearSpec], tuple[int, ...]]
+    cut_at: Callable[[LinearSpec], int]
+    cut: Callable[[Tensors, LinearSpec, int, int], Tensors]
+    note: Callable[[LinearSpec], str | None] = lambda spec: None
+
+    def refuses(self, spec: LinearSpec) -> str | None:
+        """Why this kernel cannot run `spec` here, or None."""
+        if self.device not in (None, spec.device):
+            return f"runs on {self.device}, the weight is on {spec.device}"
+        return self.available() or self.supports(spec)
+
+    def call(self, x: Tensor, tensors: Tensors, bias: Tensor | None, spec: LinearSpec) -> Tensor:
+        result: Tensor = self.op(x, *tensors, bias, *self.op_args(spec))
+        return result
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Add a kernel. Raises KernelError if the name is taken."""
+    if kernel.name in _KERNELS:
+        raise KernelError(f"a kernel named {kernel.name!r} is registered already")
+    _KERNELS[kernel.name] = kernel
+    return kernel
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Every registered kernel, the preferred one first."""
+    return tuple(sorted(_KERNELS.values(), key=lambda kernel: kernel.order))
+
+
+def get_kernel(name: str) -> Kernel:
+    """The kernel of that name. Raises ConfigError, naming the legal ones, if there is none."""
+    if name not in _KERNELS:
+        raise unknown("kernel", name, ["auto", *_KERNELS])
+    return _KERNELS[name]
+
+
+def choose_kernel(spec: LinearSpec, wanted: str = "auto", site: str = "") -> tuple[Kernel, str]:
+    """The kernel for a site, and why the ones before it in the order were passed over.
+
+    Raises KernelError with every kernel's reason if none, or not the `wanted` one, can run it.
+    """
+    candidates = kernels() if wanted == "auto" else (get_kernel(wanted),)
+    refusals = []
+    for kernel in candidates:
+        reason = kernel.refuses(spec)
+        if reason is None:
+            notes = [*refusals, *filter(None, [kernel.note(spec)])]
+            return kernel, "; ".join(notes)
+        if kernel.device in (None, spec.device) or wanted != "auto":
+            refusals.append(f"{kernel.name}: {reason}")
+    if wanted != "auto":
+        others = (k for k in kernels() if k.name != wanted)
+        refusals += [f"{k.name}: {k.refuses(spec) or 'could run it'}" for k in others]
+    where = f"{site}: " if site else ""
+    shape = f"[{spec.out_features}, {spec.in_features}] {spec.scheme} {spec.dtype} on {spec.device}"
+    what = "no kernel" if wanted == "auto" else f"kernel {wanted!r} cannot"
+    raise KernelError(f"{where}{what} run{'s' * (wanted == 'auto')} {shape}. " + "; ".join(refusals))

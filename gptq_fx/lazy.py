@@ -1,0 +1,64 @@
+"""The quantized form of any weight: its own, or, for a dense one, a round-to-nearest form made once.
+
+A lazily quantized dense parameter keeps its dense storage; the form lives as long as the parameter
+does, and is made anew if the numbers change.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gptq_fx.grid import round_to_nearest
+from gptq_fx.packed import PackedWeight
+from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.scheme import Scheme
+
+
+@dataclass
+class _Forms:
+    """The quantized forms of one dense parameter."""
+
+    parameter: weakref.ref[Tensor]
+    version: tuple[int, int]
+    by_scheme: dict[tuple[Scheme, bool], PackedWeight] = field(default_factory=dict)
+
+
+_FORMS: dict[int, _Forms] = {}
+
+
+def quantized(weight: Tensor, scheme: Scheme, name: str, transposed: bool) -> PackedWeight:
+    """The packed weight of a parameter [N, K] ([K, N] if `transposed`).
+
+    scheme, name: for a weight that is still dense. Raises WeightError if it cannot be quantized.
+    """
+    if isinstance(weight, QuantizedParameter):
+        return weight.packed
+    forms = _forms(weight)
+    key = (scheme, transposed)
+    if key not in forms.by_scheme:
+        with torch.no_grad():
+            dense = weight.detach().mT if transposed else weight.detach()
+            rounded = round_to_nearest(dense, scheme, name)
+        forms.by_scheme[key] = PackedWeight(rounded, scheme, None)
+    return forms.by_scheme[key]
+
+
+def _forms(weight: Tensor) -> _Forms:
+    key = id(weight)
+    # In-place changes move the version, `parameter.data = ...` moves the address.
+    version = (-1 if weight.is_inference() else weight._version, weight.data_ptr())
+    forms = _FORMS.get(key)
+    if forms is None or forms.parameter() is not weight or forms.version != version:
+        forms = _Forms(weakref.ref(weight, lambda _: _FORMS.pop(key, None)), version)
+        _FORMS[key] = forms
+    return forms
+
+
+def lazy_bytes() -> tuple[int, int]:
+    """(number, dense bytes) of the dense parameters that are quantized lazily now."""
+    alive = [p for p in (forms.parameter() for forms in _FORMS.values()) if p is not None]
+    return len(alive), sum(p.numel() * p.element_size() for p in alive)

@@ -1,0 +1,155 @@
+"""PackedWeight: the bytes of one quantized weight, in the layout of one kernel at a time."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_fx.kernels import Kernel, LinearSpec, Tensors, get_kernel
+from gptq_fx.scheme import Scheme
+from gptq_fx.weight import QuantizedWeight
+
+_LIVE: weakref.WeakValueDictionary[int, PackedWeight] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count(1)
+
+
+class PackedWeight:
+    """One quantized weight. `lower` changes its layout in place, and drops the one before.
+
+    kernel, spec, tensors: tensors are the pack of `kernel` for `spec`; the kernel `reference` holds the
+        canonical tensors of a QuantizedWeight.
+    error: ||W - W_quantized|| / ||W|| when it was quantized, where it was measured.
+    merged, start: where the tensors are views of a larger pack that holds the outputs of several
+        weights, that pack, and the place of the first output in it.
+    handle: a number that names this object to ops of a graph (int64 [] on the host).
+    """
+
+    def __init__(self, weight: QuantizedWeight, scheme: Scheme, error: float | None) -> None:
+        self.kernel = get_kernel("reference")
+        self.spec = LinearSpec(
+            weight.in_features,
+            weight.out_features,
+            scheme,
+            weight.scales.dtype,
+            weight.scales.device.type,
+        )
+        self.tensors: Tensors = self.kernel.pack(weight, self.spec)
+        self.error = error
+        self.merged: PackedWeight | None = None
+        self.start = 0
+        self._name_handle()
+
+    def _name_handle(self) -> None:
+        number = next(_HANDLES)
+        self.handle = torch.tensor(number)
+        _LIVE[number] = self
+
+    @property
+    def device(self) -> torch.device:
+        return next(t.device for t in self.tensors if t is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors; of its part where they are views of a merged pack."""
+        return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
+
+    def call_tensors(self) -> Tensors:
+        """The tensors as ops want them, contiguous even where they are cut out of a merged pack."""
+        if self.merged is None:
+            return self.tensors
+        return tuple(None if t is None else t.contiguous() for t in self.tensors)
+
+    def unpacked(self) -> QuantizedWeight:
+        """The canonical form; the pack stays."""
+        return self.kernel.unpack(self.tensors, self.spec)
+
+    def lower(self, kernel: Kernel) -> None:
+        """Take the layout of `kernel`, if the weight is not in it."""
+        if self.kernel is not kernel:
+            self.tensors = kernel.pack(self.unpacked(), self.spec)
+            self.kernel, self.merged, self.start = kernel, None, 0
+
+    def adopt(self, other: PackedWeight) -> None:
+        """Take the numbers of `other`, a weight of the same spec."""
+        self.kernel, self.tensors, self.error = other.kernel, other.tensors, other.error
+        self.merged, self.start = None, 0
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [*, K] -> [*, N]."""
+        return self.kernel.call(x, self.call_tensors(), bias, self.spec)
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None) -> PackedWeight:
+        """A new weight of the same integers, in canonical form."""
+        return PackedWeight(self.unpacked().to(device, dtype), self.spec.scheme, self.error)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        new = copy.copy(self)
+        new.tensors = tuple(None if t is None else t.clone() for t in self.tensors)
+        new.merged, new.start = None, 0
+        new._name_handle()
+        memo[id(self)] = new
+        return new
+
+
+def live(handle: Tensor) -> PackedWeight:
+    """The weight that a handle names."""
+    return _LIVE[int(handle)]
+
+
+def can_merge(specs: Sequence[LinearSpec], kernel: Kernel) -> bool:
+    """Whether weights of these specs can be one pack that can be cut into them again."""
+    if len({replace(spec, out_features=0) for spec in specs}) != 1 or specs[0].scheme.desc_act:
+        return False
+    whole = merged_spec(specs)
+    borders = itertools.accumulate(spec.out_features for spec in specs[:-1])
+    step = kernel.cut_at(whole)
+    return kernel.refuses(whole) is None and all(border % step == 0 for border in borders)
+
+
+def merged_spec(specs: Sequence[LinearSpec]) -> LinearSpec:
+    return replace(specs[0], out_features=sum(spec.out_features for spec in specs))
+
+
+def merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
+    """One pack with the outputs of all parts, in order; the parts become views of it.
+
+    Nothing is done where they are that already.
+    """
+    whole = parts[0].merged
+    start = 0
+    for part in parts:
+        if whole is None or part.merged is not whole or part.start != start:
+            break
+        start += part.spec.out_features
+    else:
+        assert whole is not None
+        if whole.kernel is kernel and start == whole.spec.out_features:
+            return whole
+    return _merge(parts, kernel)
+
+
+def _merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
+    weights = [part.unpacked() for part in parts]
+    zeros = [weight.zeros() for weight in weights]
+    joined = QuantizedWeight.from_codes(
+        torch.cat([weight.codes() for weight in weights], -1),
+        torch.cat([weight.scales for weight in weights], -1),
+        None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], -1),
+        weights[0].bits,
+    )
+    whole = PackedWeight(joined, parts[0].spec.scheme, None)
+    whole.lower(kernel)
+    start = 0
+    for part in parts:
+        stop = start + part.spec.out_features
+        part.tensors = kernel.cut(whole.tensors, whole.spec, start, stop)
+        part.kernel, part.merged, part.start = kernel, whole, start
+        start = stop
+    return whole

@@ -1,0 +1,248 @@
+"""QuantizedParameter: what a quantized model carries in place of a dense Parameter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_fx import spelling
+from gptq_fx.errors import DenseUseError
+from gptq_fx.ops import define_opaque
+from gptq_fx.packed import PackedWeight, live
+from gptq_fx.scheme import Scheme
+from gptq_fx.weight import QuantizedWeight
+
+aten = torch.ops.aten
+
+
+@define_opaque(
+    "handle_linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor",
+    fake=lambda x, handle, bias, out_features: x.new_empty(*x.shape[:-1], out_features),
+)
+def handle_linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """x [*, K] -> [*, N] by the weight that `handle` names: for graphs that other backends trace."""
+    return live(handle).linear(x, bias)
+
+
+class QuantizedParameter(torch.Tensor):
+    """A Parameter with the shape [N, K] (or [K, N], see `transposed`) and dtype of the dense weight it
+    replaces, and no dense storage.
+
+    It is a traceable wrapper subclass whose one inner tensor is a handle, so that graphs and guards do
+    not depend on the layout the bytes are in: `packed` may be lowered to a kernel, or merged with its
+    siblings, after a graph was traced. Scheme, shape and dtype are in the flatten metadata, which
+    Dynamo guards: layers of different schemes never share a graph.
+
+    Linear calls on it run the kernel it is packed for. detach, clone, deepcopy, to, t, state_dict,
+    load_state_dict, torch.save and torch.load work; any other dense operation raises DenseUseError.
+    `numel` counts logical elements; `nbytes` and `nelement() * element_size()` count stored bytes,
+    as transformers' get_memory_footprint needs.
+
+    fqn: the path of the site it belongs to. transposed: logical shape is [K, N].
+    """
+
+    _packed: PackedWeight | None  # None while traced with fake tensors
+    scheme: Scheme
+    fqn: str
+    transposed: bool
+    handle: Tensor
+
+    @staticmethod
+    def __new__(
+        cls,
+        packed: PackedWeight | None,
+        fqn: str = "",
+        transposed: bool = False,
+        *,
+        fake: tuple[Any, ...] | None = None,
+    ) -> QuantizedParameter:
+        if fake is None:
+            assert packed is not None
+            spec = packed.spec
+            shape = (spec.out_features, spec.in_features)
+            meta = (spec.scheme, shape[:: -1 if transposed else 1], spec.dtype, packed.device)
+            handle = packed.handle
+        else:
+            handle, meta = fake[0], fake[1]
+        scheme, shape, dtype, device = meta
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        assert isinstance(self, QuantizedParameter)
+        self._packed, self.scheme, self.handle = packed, scheme, handle
+        self.fqn, self.transposed = fqn, transposed
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Everything is set by __new__."""
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The bytes; a parameter has none only while it is traced with fake tensors."""
+        assert self._packed is not None, "a traced QuantizedParameter has no bytes"
+        return self._packed
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The weight in canonical form."""
+        return self.packed.unpacked()
+
+    def dequantize(self) -> Tensor:  # type: ignore[override]
+        """The dense weight, in the logical shape and dtype."""
+        dense = self.quantized_weight().dequantize()
+        return dense.mT if self.transposed else dense
+
+    def nelement(self) -> int:
+        return -(-self.nbytes // self.element_size())
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        layout = self._packed.kernel.name if self._packed else "traced"
+        return (
+            f"QuantizedParameter({self.fqn!r}, {list(self.shape)}, {self.scheme}, "
+            f"{self.dtype}, {self.device}, {layout})"
+        )
+
+    def linear(self, x: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        """x [*, K] -> [*, N]; `transposed` tells which way round the caller takes the weight."""
+        if transposed != self.transposed:
+            raise DenseUseError(
+                f"{self.fqn}: a weight {list(self.shape)} quantized along its "
+                f"{'first' if self.transposed else 'second'} dimension is multiplied along the other"
+            )
+        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+            return self._packed.linear(x, bias)
+        out_features = self.shape[1 if self.transposed else 0]
+        return handle_linear(x, self.handle, bias, out_features)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        meta = (self.scheme, tuple(self.shape), self.dtype, self.device)
+        return ["handle"], (meta, self.transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], meta: Any, size: Any, stride: Any
+    ) -> QuantizedParameter:
+        return QuantizedParameter(None, "", meta[1], fake=(inner["handle"], meta[0]))
+
+    def _alias(self, packed: PackedWeight | None, *, flip: bool = False) -> QuantizedParameter:
+        """Another parameter on `packed`, or, while traced, on the same handle."""
+        transposed = self.transposed != flip
+        if packed is not None:
+            return QuantizedParameter(packed, self.fqn, transposed)
+        meta = (self.scheme, tuple(self.shape)[:: -1 if flip else 1], self.dtype, self.device)
+        return QuantizedParameter(None, self.fqn, transposed, fake=(self.handle, meta))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        spelled = spelling.read(func, args, kwargs)
+        if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
+            return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self = next((a for a in args if isinstance(a, cls)), None)
+        spelled = spelling.read(func, args, kwargs)
+        if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
+            return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
+        if self is not None:
+            if func in (aten.detach.default, aten.alias.default):
+                return self._alias(self._packed)
+            if func is aten.clone.default:
+                return self._alias(copy.deepcopy(self.packed))
+            if func is aten._to_copy.default:
+                return self._alias(self.packed.to(kwargs.get("device"), kwargs.get("dtype")))
+            if func is aten.t.default or (
+                func is aten.transpose.int and spelling.swaps_two_dims("transpose", args[1:], 2)
+            ):
+                return self._alias(self._packed, flip=True)
+            if func is aten.copy_.default:
+                return _copy(args[0], args[1])
+        found = self or next(a for a in _flat(args) if isinstance(a, cls))
+        raise DenseUseError(
+            f"{found.fqn or 'a weight'}: {func} needs the dense weight, which exists only as "
+            f"{found.scheme}. Linear calls work; .dequantize() gives the dense weight"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedParameter:
+        if id(self) not in memo:
+            new = self._alias(copy.deepcopy(self.packed, memo))
+            memo[id(self)] = as_parameter(new) if _is_parameter(self) else new
+        result = memo[id(self)]
+        assert isinstance(result, QuantizedParameter)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        weight = self.quantized_weight()
+        state = (self.fqn, self.transposed, self.packed.error, _is_parameter(self))
+        tensors = [None if t is None else t.contiguous() for t in weight.tensors]
+        scheme = (
+            self.scheme.bits,
+            self.scheme.group_size,
+            self.scheme.sym,
+            self.scheme.desc_act,
+        )
+        return _rebuild, (weight.in_features, tensors, scheme, state)
+
+
+def _flat(args: Any) -> Any:
+    for a in args:
+        yield from _flat(a) if isinstance(a, (list, tuple)) else (a,)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def as_parameter(tensor: QuantizedParameter) -> QuantizedParameter:
+    """The tensor as an nn.Parameter that asks for no gradient."""
+    parameter = torch.nn.Parameter(tensor, requires_grad=False)
+    assert isinstance(parameter, QuantizedParameter)
+    return parameter
+
+
+def _rebuild(
+    in_features: int,
+    tensors: list[Tensor | None],
+    scheme: tuple[int, int, bool, bool],
+    state: tuple[str, bool, float | None, bool],
+) -> QuantizedParameter:
+    """What torch.load calls."""
+    fqn, transposed, error, parameter = state
+    qweight, scales, qzeros, g_idx = tensors
+    assert qweight is not None and scales is not None
+    weight = QuantizedWeight(scheme[0], in_features, qweight, scales, qzeros, g_idx)
+    new = QuantizedParameter(PackedWeight(weight, Scheme(*scheme), error), fqn, transposed)
+    return as_parameter(new) if parameter else new
+
+
+def _copy(to: Tensor, source: Tensor) -> Tensor:
+    """to.copy_(source), as load_state_dict calls it."""
+    if not isinstance(to, QuantizedParameter):
+        assert isinstance(source, QuantizedParameter)
+        raise DenseUseError(
+            f"{source.fqn}: a quantized weight cannot be copied into a dense parameter. "
+            "Legal: load_state_dict(..., assign=True), or quantize the model first"
+        )
+    if not isinstance(source, QuantizedParameter):
+        raise DenseUseError(
+            f"{to.fqn}: a dense weight cannot be copied into a quantized parameter. "
+            "Legal: load it into the dense model and quantize that"
+        )
+    same = (source.scheme, source.shape, source.transposed) == (to.scheme, to.shape, to.transposed)
+    if not same:
+        raise DenseUseError(
+            f"{to.fqn}: found {source.scheme} {list(source.shape)} in the state dict. "
+            f"Legal here: {to.scheme} {list(to.shape)}"
+        )
+    to.packed.adopt(source.packed.to(to.device, to.dtype))
+    return to
+
+
+torch.serialization.add_safe_globals([_rebuild])

@@ -1,0 +1,159 @@
+"""What happened to every weight, and why."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from gptq_fx.config import GPTQConfig
+from gptq_fx.decide import Decision
+from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.scheme import Rule, Scheme
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One weight. scheme None: it stays dense. error: ||W - W_quantized|| / ||W||, where known.
+
+    dense_bytes, bytes: of the weight before, and as it is stored now.
+    """
+
+    name: str
+    kind: str
+    scheme: Scheme | None
+    kernel: str | None
+    reason: str
+    shape: tuple[int, ...]
+    dense_bytes: int
+    bytes: int
+    error: float | None = None
+
+
+@dataclass
+class Report:
+    """sites: one record for each weight. unused_rules: rules of the user's that matched no site.
+
+    notes: what does not belong to one site. str() is a table; sites that differ only in their layer
+    number share a row.
+    """
+
+    sites: list[SiteRecord] = field(default_factory=list)
+    unused_rules: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, kind: str, weight: Tensor, decision: Decision) -> None:
+        """Record the decision on a weight, quantized already or not."""
+        dense = weight.numel() * weight.element_size()
+        quantized = isinstance(weight, QuantizedParameter)
+        stored = dense
+        if quantized:
+            stored = weight.nbytes
+        elif decision.scheme is not None:
+            stored = canonical_bytes(weight, decision.scheme)
+        self.sites.append(
+            SiteRecord(
+                name=name,
+                kind=kind,
+                scheme=decision.scheme,
+                kernel=decision.kernel.name if decision.kernel else None,
+                reason=decision.reason,
+                shape=tuple(weight.shape),
+                dense_bytes=dense,
+                bytes=stored,
+                error=weight.packed.error if isinstance(weight, QuantizedParameter) else None,
+            )
+        )
+
+    def note_unused(self, config: GPTQConfig, used: Collection[Rule | None]) -> None:
+        """Name the rules of the user's that decided nothing."""
+        self.unused_rules += [str(rule) for rule in config.user_rules if rule not in used]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("site", "kind", "shape", "scheme", "kernel"):
+            table.add_column(column, overflow="fold")
+        for column in ("error", "bytes", "of dense"):
+            table.add_column(column, justify="right")
+        table.add_column("why", overflow="fold")
+        for name, group in _grouped(self.sites).items():
+            table.add_row(*_row(name, group))
+        text = io.StringIO()
+        Console(file=text, width=160, force_terminal=False).print(table)
+        return "\n".join([text.getvalue().rstrip(), "", *self._summary()])
+
+    def _summary(self) -> list[str]:
+        done = [s for s in self.sites if s.scheme is not None]
+        dense, now = sum(s.dense_bytes for s in done), sum(s.bytes for s in done)
+        ratio = f", {now / dense:.3f} of dense" if dense else ""
+        return [
+            f"{len(done)} of {len(self.sites)} weights quantized: {_mib(dense)} dense, {_mib(now)} "
+            f"stored{ratio}",
+            *(f"unused rule: {rule}" for rule in self.unused_rules),
+            *self.notes,
+        ]
+
+
+def canonical_bytes(weight: Tensor, scheme: Scheme) -> int:
+    """Bytes of a QuantizedWeight for this dense weight."""
+    groups = 1 if scheme.group_size == -1 else weight.shape[-1] // scheme.group_size
+    return round(
+        weight.numel() * scheme.bits / 8
+        + groups * weight.shape[0] * (weight.element_size() + (0 if scheme.sym else scheme.bits / 8))
+    )
+
+
+def _grouped(sites: list[SiteRecord]) -> dict[str, list[SiteRecord]]:
+    """Records that share all but numbers in their name, under a name such as layers.{0..29}.mlp.up."""
+    groups: dict[object, list[SiteRecord]] = {}
+    for site in sites:
+        parts = tuple("#" if p.isdigit() else p for p in site.name.split("."))
+        same = (parts, site.kind, site.scheme, site.kernel, site.reason, site.shape)
+        groups.setdefault(same, []).append(site)
+    return {_common_name([s.name for s in group]): group for group in groups.values()}
+
+
+def _common_name(names: list[str]) -> str:
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(_span(list(dict.fromkeys(column))) for column in columns)
+
+
+def _span(values: list[str]) -> str:
+    if len(values) == 1:
+        return values[0]
+    numbers = sorted(map(int, values))
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def _row(name: str, group: list[SiteRecord]) -> tuple[str, ...]:
+    site = group[0]
+    dense, now = sum(s.dense_bytes for s in group), sum(s.bytes for s in group)
+    errors = [s.error for s in group if s.error is not None]
+    worst = f"{max(errors):.4f}" if errors else ""
+    return (
+        name,
+        site.kind,
+        " x ".join(map(str, site.shape)),
+        str(site.scheme or "dense"),
+        site.kernel or "",
+        worst,
+        _mib(now),
+        f"{now / dense:.3f}" if site.scheme and dense else "",
+        site.reason,
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"

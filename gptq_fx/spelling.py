@@ -1,0 +1,102 @@
+"""Every way in which PyTorch code can say "linear": one row each, for graphs and for eager calls alike.
+
+A row takes the arguments of the call and returns Spelled, or None if these arguments are no linear.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Spelled(NamedTuple):
+    """y = x W^T + bias, with W [N, K], or [K, N] if `transposed`. Nodes of a graph, or tensors."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    transposed: bool
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Spelled:
+    return Spelled(input, weight, bias, False)
+
+
+def _matmul(input: Any, other: Any, *, out: Any = None) -> Spelled | None:
+    return None if out is not None else Spelled(input, other, None, True)
+
+
+def _addmm(
+    input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None
+) -> Spelled | None:
+    if beta != 1 or alpha != 1 or out is not None:
+        return None
+    return Spelled(mat1, mat2, input, True)
+
+
+def _einsum(equation: Any, *operands: Any) -> Spelled | None:
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or len(terms) != 2:
+        return None
+    for x, weight, left, right in ((*operands, *terms), (*operands[::-1], *terms[::-1])):
+        # x "...k" and W "nk" or "kn" give "...n"
+        if len(right) != 2 or not left or "." in right:
+            continue
+        rows, k = left[:-1], left[-1]
+        n = right.replace(k, "", 1)
+        if len(n) == 1 and n not in left and result == rows + n:
+            return Spelled(x, weight, None, right[0] == k)
+    return None
+
+
+# What the call is -> the row that reads it.
+LINEAR: dict[Any, Callable[..., Spelled | None]] = {
+    F.linear: _linear,
+    torch.ops.aten.linear.default: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    operator.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
+    torch.ops.aten.mm.default: _matmul,
+    torch.ops.aten.addmm.default: _addmm,
+    torch.functional.einsum: _einsum,
+}
+
+# Calls that swap the two dimensions of a matrix: name of the function, method or attribute.
+TRANSPOSES = {"t", "T", "mT", "H", "transpose", "swapaxes", "permute", "adjoint", "swapdims"}
+
+
+def swaps_two_dims(name: str, args: tuple[Any, ...], ndim: int) -> bool:
+    """Whether `name` with these arguments (after the tensor) turns [a, b] into [b, a]."""
+    if ndim != 2 or name not in TRANSPOSES:
+        return False
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return len(args) == 2 and {d % 2 for d in args} == {0, 1}
+    if name == "permute":
+        dims = args[0] if len(args) == 1 else args
+        return [d % 2 for d in dims] == [1, 0]
+    return not args
+
+
+def read(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelled | None:
+    """The linear that the call says, or None."""
+    row = LINEAR.get(call)
+    if row is None:
+        return None
+    try:
+        return row(*args, **kwargs)
+    except TypeError:  # arguments that the row has no name for (out=, dtype=)
+        return None

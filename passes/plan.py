@@ -1,0 +1,137 @@
+"""What the passes share beside the graph: the sites, and the packed weights the graph takes as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+
+from gptq_fx.config import GPTQConfig
+from gptq_fx.decide import Decision
+from gptq_fx.kernels import Kernel
+from gptq_fx.lazy import quantized
+from gptq_fx.packed import PackedWeight, merge
+from gptq_fx.scheme import Scheme
+
+
+@dataclass(eq=False)
+class Site:
+    """A weight of the graph that is, or could be taken for, a linear.
+
+    weight: placeholder of the parameter, [N, K], or [K, N] if `transposed`.
+    kind: "linear", "lm_head", "router", ...; what rules go by. name: path, as the graph knows it.
+    refusal: why it is no site that can be quantized, whatever the rules; "" where it is one.
+    decision: what `choose` found.
+    node, x, bias: the call, where it is a linear.
+    """
+
+    weight: fx.Node
+    kind: str
+    name: str
+    refusal: str = ""
+    transposed: bool = False
+    node: fx.Node | None = None
+    x: fx.Node | None = None
+    bias: fx.Node | None = None
+    decision: Decision | None = None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return self.decision.scheme if self.decision else None
+
+    def quantized(self, weight: Tensor) -> PackedWeight:
+        """The quantized form of a weight that the graph is called with at this site."""
+        assert self.scheme is not None
+        return quantized(weight, self.scheme, self.name, self.transposed)
+
+
+@dataclass(eq=False)
+class Operand:
+    """A packed weight that the graph takes as extra inputs, resolved anew at every call.
+
+    sites: whose weights it holds, merged along N in this order.
+    node: the call that uses it. kernel: the layout of the inputs.
+    inputs: placeholders, one for each tensor of the pack, None where the pack has None.
+    """
+
+    sites: tuple[Site, ...]
+    node: fx.Node
+    kernel: Kernel
+    inputs: tuple[fx.Node | None, ...]
+
+    def packed(self, weights: Sequence[Tensor]) -> PackedWeight:
+        """The pack of these weights in the layout of the kernel, made now if need be."""
+        parts = [site.quantized(weight) for site, weight in zip(self.sites, weights, strict=True)]
+        if len(parts) > 1:
+            return merge(parts, self.kernel)
+        parts[0].lower(self.kernel)
+        return parts[0]
+
+
+@dataclass
+class Plan:
+    """The state of one graph on its way through the passes.
+
+    kernel: name of the kernel that every site must take, or "auto".
+    values: the real input of each placeholder that the tracer made.
+    names: placeholder -> the paths of its parameter.
+    explicit: the user gave options (they then apply to weights that `quantize` left dense).
+    """
+
+    config: GPTQConfig
+    kernel: str
+    values: dict[fx.Node, Any]
+    names: Callable[[fx.Node], tuple[str, ...]]
+    explicit: bool = False
+    sites: list[Site] = field(default_factory=list)
+    operands: list[Operand] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._last_input = list(self.values)[-1]
+        tensors = [v for v in self._example_values() if isinstance(v, Tensor)]
+        self.fake_mode = detect_fake_mode(tensors)
+
+    def _example_values(self) -> list[Any]:
+        return [node.meta.get("example_value") for node in self.values]
+
+    def tensor(self, placeholder: fx.Node) -> Tensor:
+        value = self.values[placeholder]
+        assert isinstance(value, Tensor)
+        return value
+
+    def add_inputs(
+        self, gm: fx.GraphModule, stem: str, tensors: Sequence[Tensor | None]
+    ) -> tuple[fx.Node | None, ...]:
+        """New placeholders behind the last one, for tensors (real or fake); None stays None."""
+        added: list[fx.Node | None] = []
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                added.append(None)
+                continue
+            with gm.graph.inserting_after(self._last_input):
+                node = gm.graph.placeholder(f"{stem}_{i}")
+            node.meta["example_value"] = self._fake(tensor)
+            # AOTAutograd reads both: where the input comes from, and that its address stays.
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            node._dynamo_source = None  # type: ignore[attr-defined]
+            added.append(node)
+            self._last_input = node
+        return tuple(added)
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if self.fake_mode is None or isinstance(tensor, FakeTensor):
+            return tensor
+        return self.fake_mode.from_tensor(tensor, static_shapes=True)
+
+    def remove_inputs(self, gm: fx.GraphModule, operand: Operand) -> None:
+        """Erase the placeholders of an operand that nothing uses any more."""
+        for node in operand.inputs:
+            if node is not None:
+                if node is self._last_input:
+                    self._last_input = node.prev
+                gm.graph.erase_node(node)
+        operand.inputs = ()
