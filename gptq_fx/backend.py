@@ -89,6 +89,9 @@ class Compiled:
         dropped = {node for node in swapped if not node.users}
         for node in dropped:
             graph.graph.erase_node(node)
+        self.replaces = bool(plan.operands)
+        if self.replaces:
+            _drop_grad_modes(graph)
         graph.recompile()
         self.keep = [i for node, i in position.items() if node not in dropped]
         fakes = [
@@ -97,7 +100,6 @@ class Compiled:
             for node in operand.inputs
             if node is not None
         ]
-        self.replaces = bool(plan.operands)
         self.inner = self._compile(graph, [*(values[i] for i in self.keep), *fakes])
         if any(not isinstance(plan.tensor(node), QuantizedParameter) for node in swapped):
             number, dense = lazy_bytes()
@@ -162,6 +164,13 @@ class Compiled:
                     "config) before compiling: torch.compile then tells the two apart"
                 )
             self.known.add(id(weight))
+
+
+def _drop_grad_modes(graph: fx.GraphModule) -> None:
+    """A graph for inference must not turn gradients on again behind some no_grad of the model's."""
+    for node in graph.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            graph.graph.erase_node(node)
 
 
 def _refuse_backward(args: Sequence[Any], outputs: Any) -> Any:

@@ -118,6 +118,17 @@ class QuantizedParameter(torch.Tensor):
         out_features = self.shape[1 if self.transposed else 0]
         return handle_linear(x, self.handle, bias, out_features)
 
+    def storage(self) -> Any:  # type: ignore[override]
+        """What transformers' save_pretrained asks every tensor for."""
+        raise DenseUseError(
+            f"{self.fqn or 'a weight'} is quantized and has no dense storage to save. "
+            "Legal: torch.save(model.state_dict(), path)"
+        )
+
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache knows the parameter by."""
+        return repr((type(self).__qualname__, self.__tensor_flatten__()[1]))
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         meta = (self.scheme, tuple(self.shape), self.dtype, self.device)
         return ["handle"], (meta, self.transposed)
@@ -164,7 +175,7 @@ class QuantizedParameter(torch.Tensor):
                 return self._alias(self._packed, flip=True)
             if func is aten.copy_.default:
                 return _copy(args[0], args[1])
-        found = self or next(a for a in _flat(args) if isinstance(a, cls))
+        found = self if self is not None else next(a for a in _flat(args) if isinstance(a, cls))
         raise DenseUseError(
             f"{found.fqn or 'a weight'}: {func} needs the dense weight, which exists only as "
             f"{found.scheme}. Linear calls work; .dequantize() gives the dense weight"

@@ -15,12 +15,13 @@ import functools
 import torch
 from torch import Tensor
 
+from gptq_fx.kernels.cpu_dequantize import dequantize_blocks
 from gptq_fx.kernels.registry import Kernel, LinearSpec, Tensors, register
 from gptq_fx.ops import define, define_opaque
 from gptq_fx.weight import QuantizedWeight
 
 # Rows up to which aten's kernel is the faster one; examples/benchmarks/cpu_rows.py prints the table.
-FEW_ROWS = 16
+FEW_ROWS = 24
 GROUP_SIZES = (256, 128, 64, 32)
 CHUNK = 512  # outputs dequantized at a time: 2 MiB of bf16 at K = 2048
 
@@ -129,15 +130,24 @@ def cpu_int4_linear(
 def cpu_int4_many_rows(x: Tensor, packed: Tensor, scales_mins: Tensor) -> Tensor:
     """x bf16 [M, K] -> [M, N]: dequantize as many outputs as stay in cache, multiply, go on."""
     M, K = x.shape
-    N, groups = packed.shape[0], scales_mins.shape[0]
-    scales, mins = (t.unsqueeze(1).contiguous() for t in scales_mins.unbind(-1))
+    N = packed.shape[0]
+    scales, mins = (t.float().contiguous() for t in scales_mins.unbind(-1))
     y = x.new_empty(M, N)
     for start in range(0, N, CHUNK):
-        stop = min(start + CHUNK, N)
-        weight = unpack_codes(packed[start:stop]).to(x.dtype).view(groups, -1, stop - start)
-        weight.sub_(8).mul_(scales[..., start:stop]).add_(mins[..., start:stop])
-        y[:, start:stop] = x @ weight.view(K, stop - start)
+        part = slice(start, min(start + CHUNK, N))
+        weight = x.new_empty(K, part.stop - start)
+        _dequantize(packed[part], scales[:, part], mins[:, part], weight)
+        y[:, part] = x @ weight
     return y
+
+
+def _dequantize(packed: Tensor, scales: Tensor, mins: Tensor, out: Tensor) -> None:
+    """W^T [K, n] into `out`, from packed uint8 [n, K/2] and scales, mins fp32 [G, n]."""
+    K, n = out.shape
+    if n % BLOCK == 0 and dequantize_blocks(packed, scales, mins, out, BLOCK):
+        return
+    codes = unpack_codes(packed).float().view(scales.shape[0], -1, n)
+    out.copy_(codes.sub_(8).mul_(scales[:, None]).add_(mins[:, None]).view(K, n))
 
 
 CPU_INT4 = register(
