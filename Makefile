@@ -49,10 +49,11 @@ test-cuda: $(READY)  ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m cuda
 
 bench: $(READY)  ## the tables of examples/benchmarks/results
-	@echo "== benchmarks: some ten minutes, on an idle machine"
+	@echo "== benchmarks: half an hour, on an otherwise idle machine"
 	$(PIP) -e ".[bench]"
 	$(BIN)/python examples/benchmarks/decode.py --out examples/benchmarks/results/decode.md
 	$(BIN)/python examples/benchmarks/passes.py --out examples/benchmarks/results/passes.md
+	$(BIN)/python examples/benchmarks/cpu_rows.py --out examples/benchmarks/results/cpu_rows.md
 
 format: $(READY)  ## sort imports, mend what ruff can, format
 	@echo "== format: ruff"

@@ -3,7 +3,9 @@
 import math
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pydoc_data.topics import topics
+from statistics import median
 
 import torch
 from rich.console import Console
@@ -32,13 +34,15 @@ class Generation:
     """Greedy generation for one prompt, as the caller of `generate` sees it."""
 
     text: str
-    compile_seconds: float  # the first call less the second
+    compile_seconds: float  # the first call less a later one
     prefill: float  # tokens/s of the prompt, up to the first new token
     decode: float  # tokens/s of the new tokens after the first
 
 
-def generation(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> Generation:
-    """Generates twice: the first call compiles prefill and decode, the second is timed."""
+def generation(
+    model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, new_tokens: int, repeats: int = 3
+) -> Generation:
+    """The first call compiles prefill and decode; medians of the `repeats` calls after it."""
     message = [{"role": "user", "content": prompt}]
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -60,13 +64,14 @@ def generation(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, new_to
         return tokens[0, length:], stopwatch.times
 
     with Console(stderr=True).status("compiling prefill and decode"):
-        _, first = generate()
-    tokens, times = generate()
+        tokens, first = generate()
+    runs = [generate()[1] for _ in tqdm(range(repeats), desc="generate", delay=2)]
+    steps = [b - a for times in runs for a, b in pairwise(times[1:])]
     return Generation(
         text=tokenizer.decode(tokens, skip_special_tokens=True),
-        compile_seconds=(first[-1] - first[0]) - (times[-1] - times[0]),
-        prefill=length / (times[1] - times[0]),
-        decode=(len(tokens) - 1) / (times[-1] - times[1]) if len(tokens) > 1 else math.nan,
+        compile_seconds=first[-1] - first[0] - median(times[-1] - times[0] for times in runs),
+        prefill=length / median(times[1] - times[0] for times in runs),
+        decode=1 / median(steps) if steps else math.nan,
     )
 
 

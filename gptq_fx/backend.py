@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,6 @@ from torch._dynamo.backends.registry import lookup_backend
 from gptq_fx import passes
 from gptq_fx.decide import decide
 from gptq_fx.errors import GPTQError, SchemeMismatchError
-from gptq_fx.lazy import lazy_bytes
 from gptq_fx.options import Options
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import Plan
@@ -85,7 +86,7 @@ class Compiled:
                 for site in plan.sites
                 if not site.refusal and not isinstance(plan.tensor(site.weight), QuantizedParameter)
             ]
-        self.known = {id(plan.tensor(site.weight)) for _, site in self.watched}
+        self.known = {id(w): weakref.ref(w) for w in (plan.tensor(s.weight) for _, s in self.watched)}
         dropped = {node for node in swapped if not node.users}
         for node in dropped:
             graph.graph.erase_node(node)
@@ -102,13 +103,7 @@ class Compiled:
         ]
         self.inner = self._compile(graph, [*(values[i] for i in self.keep), *fakes])
         if any(not isinstance(plan.tensor(node), QuantizedParameter) for node in swapped):
-            number, dense = lazy_bytes()
-            log.warning(
-                "%d dense weights are quantized beside their dense form, which stays in memory "
-                "(%.0f MiB); gptq_fx.quantize(model) would free it",
-                number,
-                dense / 2**20,
-            )
+            _warn_of_dense_weights()
 
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         # Quantized weights have no gradient: a graph that holds some is compiled for inference.
@@ -121,7 +116,7 @@ class Compiled:
                 compiled: Any = compile_fx(graph, inputs, config_patches=patches)
                 return compiled  # type: ignore[no-any-return]
             inner = lookup_backend(self.options.inner_backend)
-            return inner(graph, inputs)  # type: ignore[arg-type, no-any-return]
+            return inner(graph, inputs)
 
     def __call__(self, *args: Any) -> Any:
         if self.lifted is not None:
@@ -144,7 +139,8 @@ class Compiled:
     def _check(self, args: Sequence[Any]) -> None:
         for position, site in self.watched:
             weight = args[position]
-            if id(weight) in self.known:
+            known = self.known.get(id(weight))
+            if known is not None and known() is weight:
                 continue
             names = names_by_id(running_module()).get(id(weight), (site.name,))
             name = names[0].removesuffix(".weight")
@@ -163,7 +159,16 @@ class Compiled:
                     f"{site.name}, which is {site.scheme or 'dense'}. Call gptq_fx.quantize(model, "
                     "config) before compiling: torch.compile then tells the two apart"
                 )
-            self.known.add(id(weight))
+            self.known[id(weight)] = weakref.ref(weight)
+
+
+@functools.cache
+def _warn_of_dense_weights() -> None:
+    """Once in a process."""
+    log.warning(
+        "dense weights are quantized beside their dense form, which stays in memory; "
+        "gptq_fx.quantize(model) would free it, gptq_fx.explain(model, ...) tells how much"
+    )
 
 
 def _drop_grad_modes(graph: fx.GraphModule) -> None:

@@ -82,4 +82,5 @@ def _report(model: nn.Module, seen: Sequence[tuple[Site, Tensor]], config: GPTQC
             name = names[id(parameter)][0].removesuffix(".weight")
             report.add(name, "other", parameter, Decision(None, None, UNREACHED))
     report.note_unused(config, rules)
+    report.note_lazy()
     return report

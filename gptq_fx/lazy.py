@@ -56,9 +56,3 @@ def _forms(weight: Tensor) -> _Forms:
         forms = _Forms(weakref.ref(weight, lambda _: _FORMS.pop(key, None)), version)
         _FORMS[key] = forms
     return forms
-
-
-def lazy_bytes() -> tuple[int, int]:
-    """(number, dense bytes) of the dense parameters that are quantized lazily now."""
-    alive = [p for p in (forms.parameter() for forms in _FORMS.values()) if p is not None]
-    return len(alive), sum(p.numel() * p.element_size() for p in alive)

@@ -63,7 +63,7 @@ class QuantizedParameter(torch.Tensor):
             assert packed is not None
             spec = packed.spec
             shape = (spec.out_features, spec.in_features)
-            meta = (spec.scheme, shape[:: -1 if transposed else 1], spec.dtype, packed.device)
+            meta: Any = (spec.scheme, shape[:: -1 if transposed else 1], spec.dtype, packed.device)
             handle = packed.handle
         else:
             handle, meta = fake[0], fake[1]
@@ -87,7 +87,7 @@ class QuantizedParameter(torch.Tensor):
         """The weight in canonical form."""
         return self.packed.unpacked()
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The dense weight, in the logical shape and dtype."""
         dense = self.quantized_weight().dequantize()
         return dense.mT if self.transposed else dense
@@ -96,10 +96,10 @@ class QuantizedParameter(torch.Tensor):
         return -(-self.nbytes // self.element_size())
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         return self.packed.nbytes
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         layout = self._packed.kernel.name if self._packed else "traced"
         return (
             f"QuantizedParameter({self.fqn!r}, {list(self.shape)}, {self.scheme}, "
@@ -116,9 +116,10 @@ class QuantizedParameter(torch.Tensor):
         if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
             return self._packed.linear(x, bias)
         out_features = self.shape[1 if self.transposed else 0]
-        return handle_linear(x, self.handle, bias, out_features)
+        y: Tensor = handle_linear(x, self.handle, bias, out_features)
+        return y
 
-    def storage(self) -> Any:  # type: ignore[override]
+    def storage(self) -> Any:
         """What transformers' save_pretrained asks every tensor for."""
         raise DenseUseError(
             f"{self.fqn or 'a weight'} is quantized and has no dense storage to save. "
@@ -153,10 +154,12 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         self = next((a for a in args if isinstance(a, cls)), None)
         spelled = spelling.read(func, args, kwargs)

@@ -22,7 +22,7 @@ from gptq_fx.scheme import Rule, Scheme
 class SiteRecord:
     """One weight. scheme None: it stays dense. error: ||W - W_quantized|| / ||W||, where known.
 
-    dense_bytes, bytes: of the weight before, and as it is stored now.
+    dense_bytes, bytes: of the weight before and after. quantized: it is stored so already.
     """
 
     name: str
@@ -33,6 +33,7 @@ class SiteRecord:
     shape: tuple[int, ...]
     dense_bytes: int
     bytes: int
+    quantized: bool
     error: float | None = None
 
 
@@ -67,6 +68,7 @@ class Report:
                 shape=tuple(weight.shape),
                 dense_bytes=dense,
                 bytes=stored,
+                quantized=quantized,
                 error=weight.packed.error if isinstance(weight, QuantizedParameter) else None,
             )
         )
@@ -74,6 +76,15 @@ class Report:
     def note_unused(self, config: GPTQConfig, used: Collection[Rule | None]) -> None:
         """Name the rules of the user's that decided nothing."""
         self.unused_rules += [str(rule) for rule in config.user_rules if rule not in used]
+
+    def note_lazy(self) -> None:
+        """Say what compiling costs where weights are still dense."""
+        lazy = [s for s in self.sites if s.scheme is not None and not s.quantized]
+        if lazy:
+            self.notes.append(
+                f"{len(lazy)} of them are still dense: compiling keeps both forms; gptq_fx.quantize(model) "
+                f"would save {_mib(sum(s.dense_bytes for s in lazy))}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -90,15 +101,16 @@ class Report:
             table.add_row(*_row(name, group))
         text = io.StringIO()
         Console(file=text, width=160, force_terminal=False).print(table)
-        return "\n".join([text.getvalue().rstrip(), "", *self._summary()])
+        lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
+        return "\n".join([*lines, "", *self._summary()])
 
     def _summary(self) -> list[str]:
         done = [s for s in self.sites if s.scheme is not None]
         dense, now = sum(s.dense_bytes for s in done), sum(s.bytes for s in done)
         ratio = f", {now / dense:.3f} of dense" if dense else ""
+        count = f"{len(done)} of {len(self.sites)} weights quantized"
         return [
-            f"{len(done)} of {len(self.sites)} weights quantized: {_mib(dense)} dense, {_mib(now)} "
-            f"stored{ratio}",
+            f"{count}: {_mib(dense)} dense, {_mib(now)} stored{ratio}",
             *(f"unused rule: {rule}" for rule in self.unused_rules),
             *self.notes,
         ]

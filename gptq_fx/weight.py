@@ -24,7 +24,7 @@ class QuantizedWeight:
 
     qweight int32 [*, ceil(K*bits/32), N]: codes q packed along K, the first in the low bits.
     scales  float [*, G, N]: fp32, fp16 or bf16; its dtype is the logical dtype of W.
-    qzeros  int32 [*, G, ceil(N*bits/32)] or None: zero points z packed along N, stored as they are ("gptq_v2").
+    qzeros  int32 [*, G, ceil(N*bits/32)] or None: zero points packed along N as they are ("gptq_v2").
     g_idx   int32 [*, K] or None.
     *: none, or one leading dimension of experts.
     Values of 3 bits run on across word borders (32 values in 3 words); the last word is zero-filled.
@@ -182,7 +182,8 @@ def dequantize(
         return ((q - z) * s).to(out)
     groups = scales.shape[-2]
     z = z.unsqueeze(-2) if qzeros is not None else z
-    return ((q.unflatten(-2, (groups, -1)) - z) * s.unsqueeze(-2)).flatten(-3, -2).to(out)
+    w: Tensor = (q.unflatten(-2, (groups, -1)) - z) * s.unsqueeze(-2)
+    return w.flatten(-3, -2).to(out)
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:

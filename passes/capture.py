@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,22 +38,14 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Graph
 
 
 def is_dynamo(gm: fx.GraphModule) -> bool:
-    """Whether Dynamo made the graph: it leaves no parameters in it, and sources on placeholders."""
-    return all(hasattr(n, "_dynamo_source") for n in gm.graph.nodes if n.op == "placeholder") and not any(
-        n.op in ("call_module", "get_attr") and _is_tensor(gm, n) for n in gm.graph.nodes
-    )
+    """Whether Dynamo made the graph: it says of every placeholder where it comes from."""
+    return all(hasattr(n, "_dynamo_source") for n in gm.graph.nodes if n.op == "placeholder")
 
 
 def lifted(gm: fx.GraphModule) -> list[Any]:
     """The values, now, of the placeholders that `capture` made of attributes."""
     root = gm.meta.get("gptq_root")
     return [_attribute(root, path) for path in gm.meta.get("gptq_lifted", ())]
-
-
-def _is_tensor(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return any(True for _ in gm.get_submodule(str(node.target)).parameters())
-    return isinstance(_attribute(gm, str(node.target)), Tensor)
 
 
 def _attribute(root: Any, path: str) -> Any:
@@ -69,7 +62,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     output.meta = next(n for n in reversed(gm.graph.nodes) if n.op == "output").meta.copy()
     for old, new in old_to_new.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     sources = getattr(gm, "_param_name_to_source", None)
@@ -110,6 +103,7 @@ def _lift_attributes(gm: fx.GraphModule) -> list[str]:
         if node.target not in lifted_nodes:
             with gm.graph.inserting_after(last):
                 last = gm.graph.placeholder(node.target.replace(".", "_"))
+            last.meta["gptq_path"] = node.target
             lifted_nodes[node.target] = last
         node.replace_all_uses_with(lifted_nodes[node.target])
         gm.graph.erase_node(node)
@@ -142,20 +136,15 @@ def parameter_names(gm: fx.GraphModule, values: Sequence[Any]) -> Callable[[fx.N
     """
     by_id = names_by_id(running_module()) if is_dynamo(gm) else {}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    paths = dict(zip(placeholders[len(placeholders) - len(lifted_paths(gm)) :], lifted_paths(gm)))
-    value_of = dict(zip(placeholders, values, strict=False))
+    value_of = dict(zip(placeholders, values, strict=True))
 
     def names(placeholder: fx.Node) -> tuple[str, ...]:
-        if placeholder in paths:
-            return (paths[placeholder],)
+        if "gptq_path" in placeholder.meta:
+            return (placeholder.meta["gptq_path"],)
         full = by_id.get(id(value_of.get(placeholder)))
         return full or (source_path(placeholder),)
 
     return names
-
-
-def lifted_paths(gm: fx.GraphModule) -> list[str]:
-    return list(gm.meta.get("gptq_lifted", ()))
 
 
 def source_path(placeholder: fx.Node) -> str:
@@ -170,12 +159,12 @@ def source_path(placeholder: fx.Node) -> str:
 def running_module() -> nn.Module | None:
     """The outermost nn.Module whose method is on the stack."""
     found = None
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):
             found = owner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return getattr(found, "_orig_mod", found)
 
 

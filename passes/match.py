@@ -85,6 +85,7 @@ def _is_bias(bias: Any) -> bool:
 def _through_transposes(node: Any) -> tuple[fx.Node | None, bool]:
     """The node behind calls that swap two dimensions, and whether their number is odd."""
     flipped = False
+    name: Any
     while isinstance(node, fx.Node) and node.op != "placeholder":
         if node.op == "call_function" and node.target is getattr:
             source, name, *args = node.args

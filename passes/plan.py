@@ -91,7 +91,7 @@ class Plan:
     operands: list[Operand] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._last_input = list(self.values)[-1]
+        self._last_input = next(reversed(self.values), None)
         tensors = [v for v in self._example_values() if isinstance(v, Tensor)]
         self.fake_mode = detect_fake_mode(tensors)
 
@@ -117,7 +117,7 @@ class Plan:
             node.meta["example_value"] = self._fake(tensor)
             # AOTAutograd reads both: where the input comes from, and that its address stays.
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-            node._dynamo_source = None  # type: ignore[attr-defined]
+            node._dynamo_source = None
             added.append(node)
             self._last_input = node
         return tuple(added)

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
@@ -138,7 +139,7 @@ def compare(model: PreTrainedModel, group_size: int, rounds: int) -> str:
             f"{median(a / b for a, b in zip(runner.decode, base.decode, strict=True)):.2f}",
             f"{median(runner.prefill):.0f}",
             f"{median(a / b for a, b in zip(runner.prefill, base.prefill, strict=True)):.2f}",
-            f"{runner.model.get_memory_footprint() / 1e6:.0f}",
+            f"{sum(map(stored_bytes, runner.model.parameters())) / 1e6:.0f}",
         ]
         for name, runner in runners.items()
     ]
@@ -146,19 +147,33 @@ def compare(model: PreTrainedModel, group_size: int, rounds: int) -> str:
     return markdown(head, rows)
 
 
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """What a tensor really holds: torchao's reports the bytes of the dense one."""
+    if isinstance(tensor, gptq_fx.QuantizedParameter) or not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    names, _ = tensor.__tensor_flatten__()
+    return sum(stored_bytes(getattr(tensor, name)) for name in names)
+
+
+MODELS = {
+    "llama": ("Random Llama: hidden 2048, 16 layers, ffn 8192, vocabulary 32000", random_llama, 128),
+    "smollm2": ("SmolLM2-135M, de-quantized from Q4_1", smollm2, 64),
+}
+
+
 def main() -> None:
     cli = parser(__doc__.splitlines()[0])
     cli.add_argument("--rounds", type=int, default=15)
+    cli.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     args = cli.parse_args()
     torch.set_num_threads(args.threads)
     parts = [
         conditions("Decode and prefill, batch 1"),
-        f"* medians of {args.rounds} rounds, each {PROMPT} tokens of prefill and {STEPS} of decode",
-        "\n## Random Llama: hidden 2048, 16 layers, ffn 8192, vocabulary 32000; group size 128\n",
-        compare(random_llama(), 128, args.rounds),
-        "\n## SmolLM2-135M (de-quantized Q4_1); group size 64\n",
-        compare(smollm2(), 64, args.rounds),
+        f"* medians of {args.rounds} rounds: {PROMPT} tokens of prefill, then {STEPS} of decode",
     ]
+    for title, build, group_size in (MODELS[name] for name in args.models):
+        parts.append(f"\n## {title}; group size {group_size}\n")
+        parts.append(compare(build(), group_size, args.rounds))
     publish("\n".join(parts), args.out)
 
 

@@ -54,4 +54,5 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def publish(text: str, out: Path | None) -> None:
     print(text)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n")

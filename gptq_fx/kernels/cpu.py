@@ -115,6 +115,7 @@ def cpu_int4_linear(
 ) -> Tensor:
     """x bf16 [*, K] -> [*, N]; the algorithm is chosen by the number of rows of x."""
     rows = x.reshape(-1, x.shape[-1])
+    y: Tensor
     if rows.shape[0] <= FEW_ROWS:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_mins)
     else:

@@ -17,7 +17,7 @@ Tensors = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """All that a kernel may know of a linear y[*, N] = x[*, K] W[N, K]^T, whatever the number of rows of x."""
+    """All that a kernel may know of a linear y[*, N] = x[*, K] W[N, K]^T; never the rows of x."""
 
     in_features: int
     out_features: int
@@ -104,7 +104,7 @@ def choose_kernel(spec: LinearSpec, wanted: str = "auto", site: str = "") -> tup
     Raises KernelError with every kernel's reason if none, or not the `wanted` one, can run it.
     """
     candidates = kernels() if wanted == "auto" else (get_kernel(wanted),)
-    refusals = []
+    refusals: list[str] = []
     for kernel in candidates:
         reason = kernel.refuses(spec)
         if reason is None:
