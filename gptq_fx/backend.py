@@ -14,18 +14,13 @@ from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 
 from gptq_fx import passes
-from gptq_fx.decide import decide
+from gptq_fx.decide import decide, restore_marks
 from gptq_fx.errors import GPTQError, SchemeMismatchError
+from gptq_fx.names import full_path, parameter_names, running_module
 from gptq_fx.options import Options
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import Plan
-from gptq_fx.passes.capture import (
-    capture,
-    lifted,
-    names_by_id,
-    parameter_names,
-    running_module,
-)
+from gptq_fx.passes.capture import capture, is_dynamo, lifted
 from gptq_fx.passes.plan import Site
 
 log = logging.getLogger(__name__)
@@ -55,11 +50,13 @@ def backend(
 
 def make_plan(graph: fx.GraphModule, values: Sequence[Any], options: Options) -> Plan:
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    root = running_module() if is_dynamo(graph) else None
+    restore_marks(root)
     return Plan(
         options.config,
         options.kernel,
         dict(zip(placeholders, values, strict=True)),
-        parameter_names(graph, values),
+        parameter_names(graph, values, root),
         options.explicit,
     )
 
@@ -142,8 +139,7 @@ class Compiled:
             known = self.known.get(id(weight))
             if known is not None and known() is weight:
                 continue
-            names = names_by_id(running_module()).get(id(weight), (site.name,))
-            name = names[0].removesuffix(".weight")
+            name = full_path(weight, site.name)
             decision = decide(
                 weight,
                 name,

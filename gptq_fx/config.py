@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -50,12 +50,15 @@ class GPTQConfig:
         for name in ("act_group_aware", "static_groups", "lm_head", "sequential"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name}={getattr(self, name)!r}. Legal: True, False")
-        if not 0 < self.damp_percent < 1:
-            raise ConfigError(f"damp_percent={self.damp_percent!r}. Legal: a number between 0 and 1")
-        if not self.mse >= 0:
-            raise ConfigError(f"mse={self.mse!r}. Legal: 0 (off) or a positive exponent")
+        _check("damp_percent", self.damp_percent, lambda v: 0 < v < 1, "a number between 0 and 1")
+        _check("mse", self.mse, lambda v: v >= 0, "0 (off) or a positive exponent")
+        if self.route_all not in (None, True, False):
+            raise ConfigError(f"route_all={self.route_all!r}. Legal: True, False, None")
+        if self.min_tokens is not None:
+            _check("min_tokens", self.min_tokens, lambda v: v >= 0, "a number of tokens, or None")
+        object.__setattr__(self, "rules", _checked(self.rules))
         default = self.scheme
-        user = (*_from_dynamic(self.dynamic, default), *_checked(self.rules))
+        user = (*_from_dynamic(self.dynamic, default), *(self.rules or ()))
         head = () if self.lm_head else (Rule("", "lm_head", None),)
         defaults = (
             Rule("", "router", None),
@@ -105,12 +108,25 @@ def _from_dynamic(dynamic: Mapping[str, Mapping[str, Any]] | None, default: Sche
         for name in override:
             if name not in SCHEME_FIELDS:
                 raise unknown(f"override in dynamic[{key!r}]:", name, SCHEME_FIELDS)
-        rules.append(Rule(pattern, None, replace(default, **override)))
+        try:
+            rules.append(Rule(pattern, None, replace(default, **override)))
+        except ConfigError as error:
+            raise ConfigError(f"dynamic[{key!r}]: {error}") from None
     return tuple(rules)
 
 
-def _checked(rules: Sequence[Rule] | None) -> tuple[Rule, ...]:
-    for rule in rules or ():
+def _checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...] | None:
+    if rules is None:
+        return None
+    if not isinstance(rules, Iterable):
+        raise ConfigError(f"rules={rules!r}. Legal: a list of gptq_fx.Rule, or None")
+    rules = tuple(rules)
+    for rule in rules:
         if not isinstance(rule, Rule):
             raise ConfigError(f"rules holds {rule!r}. Legal: gptq_fx.Rule")
-    return tuple(rules or ())
+    return rules
+
+
+def _check(name: str, value: Any, legal: Callable[[Any], bool], what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not legal(value):
+        raise ConfigError(f"{name}={value!r}. Legal: {what}")

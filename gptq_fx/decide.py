@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_fx.config import GPTQConfig
 from gptq_fx.grid import FLOATS
 from gptq_fx.kernels import Kernel, LinearSpec, choose_kernel
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Rule, Scheme
+
+LEFT_DENSE = "_gptq_left_dense"
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,26 @@ class Decision:
     kernel: Kernel | None
     reason: str
     rule: Rule | None = None
+    spec: LinearSpec | None = None
 
 
-def leave_dense(weight: Tensor, reason: str) -> None:
-    """Mark a dense parameter that a later compile must not quantize by default."""
-    weight._gptq_left_dense = reason  # type: ignore[attr-defined]
+def leave_dense(module: nn.Module, name: str, reason: str) -> None:
+    """Mark the dense parameter module.`name`: a later compile must not quantize it by default.
+
+    The mark is on the parameter, which is all that a graph has, and on the module, since copy.deepcopy
+    drops the attributes of parameters.
+    """
+    module.__dict__.setdefault(LEFT_DENSE, {})[name] = reason
+    setattr(module.get_parameter(name), LEFT_DENSE, reason)
+
+
+def restore_marks(root: nn.Module | None) -> None:
+    """Mark the parameters of `root` as their modules say."""
+    for module in root.modules() if root is not None else ():
+        for name, reason in module.__dict__.get(LEFT_DENSE, {}).items():
+            parameter = getattr(module, name, None)
+            if isinstance(parameter, Tensor) and not isinstance(parameter, QuantizedParameter):
+                setattr(parameter, LEFT_DENSE, reason)
 
 
 def decide(
@@ -47,7 +64,7 @@ def decide(
         return _quantized(weight, name, kind, config, kernel, explicit)
     if weight.dtype not in FLOATS:
         return Decision(None, None, f"{weight.dtype} weights are not quantized")
-    left = getattr(weight, "_gptq_left_dense", None)
+    left = getattr(weight, LEFT_DENSE, None)
     if left is not None and not explicit:
         return Decision(None, None, left)
     rule = config.rule_for(name, kind)
@@ -61,7 +78,7 @@ def decide(
         reasons.append("act-order needs calibration; without data the natural order is kept")
     spec = LinearSpec(K, N, scheme, weight.dtype, weight.device.type)
     chosen, passed_over = choose_kernel(spec, kernel, name)
-    return Decision(scheme, chosen, "; ".join(filter(None, [*reasons, passed_over])), rule)
+    return Decision(scheme, chosen, "; ".join(filter(None, [*reasons, passed_over])), rule, spec)
 
 
 def _quantized(
@@ -78,7 +95,7 @@ def _quantized(
     if explicit and asked != weight.scheme:
         differs = f"quantized before; the options ask for {asked or 'dense'}"
         reason = "; ".join(filter(None, [differs, reason]))
-    return Decision(weight.scheme, chosen, reason, rule)
+    return Decision(weight.scheme, chosen, reason, rule, weight.packed.spec)
 
 
 def _why_dense(rule: Rule | None, kind: str, config: GPTQConfig) -> str:

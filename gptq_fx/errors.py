@@ -26,7 +26,7 @@ class SchemeMismatchError(GPTQError, RuntimeError):
     """A compiled graph met a weight that its rules treat otherwise than the weight it was compiled for."""
 
 
-class DenseUseError(GPTQError, NotImplementedError):
+class DenseUseError(GPTQError, RuntimeError):
     """A dense operation was asked of a weight that exists only in quantized form."""
 
 

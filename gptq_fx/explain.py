@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from gptq_fx.backend import make_plan
 from gptq_fx.config import GPTQConfig
-from gptq_fx.decide import Decision, decide
+from gptq_fx.decide import Decision, decide, restore_marks
+from gptq_fx.names import names_by_id
 from gptq_fx.options import Options
 from gptq_fx.passes import run
-from gptq_fx.passes.capture import capture, names_by_id
+from gptq_fx.passes.capture import capture
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
 from gptq_fx.report import Report
@@ -32,6 +33,7 @@ def explain(model: nn.Module, *args: Any, config: GPTQConfig | None = None, **kw
     that no graph reaches are named. Raises KernelError and ConfigError as compiling would.
     """
     config = config or GPTQConfig()
+    restore_marks(model)
     seen: list[tuple[Site, Tensor]] = []
     token = _seen.set(seen)
     try:

@@ -25,10 +25,10 @@ def find_grid(groups: Tensor, bits: int, sym: bool, dtype: torch.dtype) -> tuple
     levels = 2**bits - 1
     low, high = groups.amin(-2), groups.amax(-2)
     if sym:
-        scales = 2 * torch.maximum(high, -low) / levels
+        scales = torch.maximum(high, -low) / (levels / 2)
     else:
         low, high = low.clamp_max(0), high.clamp_min(0)
-        scales = (high - low) / levels
+        scales = high / levels - low / levels  # apart, since the difference may overflow
     scales = scales.to(dtype)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     zeros = None if sym else (-low / scales.to(low.dtype)).round().clamp(0, levels)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gptq_fx.grid import round_to_nearest
+from gptq_fx.errors import WeightError
+from gptq_fx.grid import check_finite, round_to_nearest
+from gptq_fx.names import full_path
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Scheme
@@ -42,7 +44,11 @@ def quantized(weight: Tensor, scheme: Scheme, name: str, transposed: bool) -> Pa
     if key not in forms.by_scheme:
         with torch.no_grad():
             dense = weight.detach().mT if transposed else weight.detach()
-            rounded = round_to_nearest(dense, scheme, name)
+            try:
+                rounded = round_to_nearest(dense, scheme, name)
+            except WeightError:  # the graph may have been made for another layer, whose name this is
+                check_finite(dense, full_path(weight, name))
+                raise
         forms.by_scheme[key] = PackedWeight(rounded, scheme, None)
     return forms.by_scheme[key]
 

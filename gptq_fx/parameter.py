@@ -27,6 +27,10 @@ def handle_linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: 
     return live(handle).linear(x, bias)
 
 
+# What transposes arrive as -> the name they have in `spelling`.
+FLIPS = {aten.t.default: "t", aten.transpose.int: "transpose", aten.permute.default: "permute"}
+
+
 class QuantizedParameter(torch.Tensor):
     """A Parameter with the shape [N, K] (or [K, N], see `transposed`) and dtype of the dense weight it
     replaces, and no dense storage.
@@ -49,6 +53,7 @@ class QuantizedParameter(torch.Tensor):
     fqn: str
     transposed: bool
     handle: Tensor
+    _flat: tuple[list[str], Any]
 
     @staticmethod
     def __new__(
@@ -72,6 +77,8 @@ class QuantizedParameter(torch.Tensor):
         assert isinstance(self, QuantizedParameter)
         self._packed, self.scheme, self.handle = packed, scheme, handle
         self.fqn, self.transposed = fqn, transposed
+        # Dynamo's guards ask at every call; attributes such as shape are slow on a subclass.
+        self._flat = ["handle"], (meta, transposed)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -126,13 +133,16 @@ class QuantizedParameter(torch.Tensor):
             "Legal: torch.save(model.state_dict(), path)"
         )
 
+    def share_memory_(self) -> Any:
+        """Torch would look for a storage of the dense weight, and crash."""
+        raise DenseUseError(f"{self.fqn or 'a weight'} is quantized and cannot be put into shared memory")
+
     def _stable_hash_for_caching(self) -> str:
         """What AOTAutograd's cache knows the parameter by."""
         return repr((type(self).__qualname__, self.__tensor_flatten__()[1]))
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        meta = (self.scheme, tuple(self.shape), self.dtype, self.device)
-        return ["handle"], (meta, self.transposed)
+        return self._flat
 
     @staticmethod
     def __tensor_unflatten__(
@@ -145,7 +155,8 @@ class QuantizedParameter(torch.Tensor):
         transposed = self.transposed != flip
         if packed is not None:
             return QuantizedParameter(packed, self.fqn, transposed)
-        meta = (self.scheme, tuple(self.shape)[:: -1 if flip else 1], self.dtype, self.device)
+        scheme, shape, dtype, device = self._flat[1][0]
+        meta = (scheme, shape[:: -1 if flip else 1], dtype, device)
         return QuantizedParameter(None, self.fqn, transposed, fake=(self.handle, meta))
 
     @classmethod
@@ -154,7 +165,8 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -172,9 +184,8 @@ class QuantizedParameter(torch.Tensor):
                 return self._alias(copy.deepcopy(self.packed))
             if func is aten._to_copy.default:
                 return self._alias(self.packed.to(kwargs.get("device"), kwargs.get("dtype")))
-            if func is aten.t.default or (
-                func is aten.transpose.int and spelling.swaps_two_dims("transpose", args[1:], 2)
-            ):
+            flip = FLIPS.get(func)
+            if flip is not None and spelling.swaps_two_dims(flip, args[1:], 2):
                 return self._alias(self._packed, flip=True)
             if func is aten.copy_.default:
                 return _copy(args[0], args[1])
@@ -195,7 +206,7 @@ class QuantizedParameter(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         weight = self.quantized_weight()
         state = (self.fqn, self.transposed, self.packed.error, _is_parameter(self))
-        tensors = [None if t is None else t.contiguous() for t in weight.tensors]
+        tensors = [None if t is None else _compact(t) for t in weight.tensors]
         scheme = (
             self.scheme.bits,
             self.scheme.group_size,
@@ -203,6 +214,13 @@ class QuantizedParameter(torch.Tensor):
             self.scheme.desc_act,
         )
         return _rebuild, (weight.in_features, tensors, scheme, state)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor without what else its storage holds: a part of a merged pack is a view."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _flat(args: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide, leave_dense
 from gptq_fx.errors import ConfigError
 from gptq_fx.grid import check_finite, relative_error, round_to_nearest
+from gptq_fx.names import names_by_id
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter, as_parameter
-from gptq_fx.passes.capture import names_by_id
 from gptq_fx.progress import progress as with_progress
 from gptq_fx.report import Report
 
@@ -79,7 +79,7 @@ def quantize(
     _untie(model, chosen)
     for weight in weights:
         if weight.decision.scheme is None:
-            leave_dense(weight.dense, f"left dense by quantize: {weight.decision.reason}")
+            leave_dense(weight.module, "weight", f"left dense by quantize: {weight.decision.reason}")
         report.add(weight.name, weight.kind, weight.dense, weight.decision)
     _report_others(model, weights, report)
     report.note_unused(config, {weight.decision.rule for weight in weights})
@@ -91,10 +91,11 @@ def _is_dense(weight: _Weight) -> bool:
 
 
 def _find(model: nn.Module, config: GPTQConfig) -> list[_Weight]:
-    """Every module that is a linear, with the decision on it."""
+    """Every module that is a linear, with the decision on it; modules that share a weight share it."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    found = []
-    for name, module in model.named_modules(remove_duplicate=False):
+    found: list[_Weight] = []
+    first: dict[tuple[int, str], _Weight] = {}
+    for name, module in model.named_modules():
         transposed = isinstance(module, _conv1d())
         if not (transposed or isinstance(module, nn.Linear)):
             continue
@@ -102,8 +103,14 @@ def _find(model: nn.Module, config: GPTQConfig) -> list[_Weight]:
         if not isinstance(weight, Tensor) or weight.is_meta:
             continue
         kind = _kind(model, name, id(weight) in tables)
-        decision = decide(weight, name, kind, config, transposed=transposed, explicit=True)
+        twin = first.get((id(weight), kind))
+        if twin is None:
+            decision = decide(weight, name, kind, config, transposed=transposed, explicit=True)
+        else:
+            shared = "; ".join(filter(None, [f"shares the weight of {twin.name}", twin.decision.reason]))
+            decision = replace(twin.decision, reason=shared)
         found.append(_Weight(name, kind, module, transposed, decision))
+        first.setdefault((id(weight), kind), found[-1])
     return found
 
 
@@ -161,5 +168,6 @@ def _report_others(model: nn.Module, weights: list[_Weight], report: Report) -> 
         if key in tables:
             kind, reason = "embedding", "embedding tables are looked up, not multiplied"
         else:
-            leave_dense(parameter, f"left dense by quantize: {reason}")
+            owner, _, leaf = names[0].rpartition(".")
+            leave_dense(model.get_submodule(owner), leaf, f"left dense by quantize: {reason}")
         report.add(names[0].removesuffix(".weight"), kind, parameter, Decision(None, None, reason))

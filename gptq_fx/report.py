@@ -14,8 +14,10 @@ from torch import Tensor
 
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision
+from gptq_fx.kernels import LinearSpec
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Rule, Scheme
+from gptq_fx.weight import packed_rows
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class Report:
         stored = dense
         if quantized:
             stored = weight.nbytes
-        elif decision.scheme is not None:
-            stored = canonical_bytes(weight, decision.scheme)
+        elif decision.spec is not None:
+            stored = canonical_bytes(decision.spec)
         self.sites.append(
             SiteRecord(
                 name=name,
@@ -97,7 +99,7 @@ class Report:
         for column in ("error", "bytes", "of dense"):
             table.add_column(column, justify="right")
         table.add_column("why", overflow="fold")
-        for name, group in _grouped(self.sites).items():
+        for name, group in _grouped(self.sites):
             table.add_row(*_row(name, group))
         text = io.StringIO()
         Console(file=text, width=160, force_terminal=False).print(table)
@@ -116,23 +118,22 @@ class Report:
         ]
 
 
-def canonical_bytes(weight: Tensor, scheme: Scheme) -> int:
-    """Bytes of a QuantizedWeight for this dense weight."""
-    groups = 1 if scheme.group_size == -1 else weight.shape[-1] // scheme.group_size
-    return round(
-        weight.numel() * scheme.bits / 8
-        + groups * weight.shape[0] * (weight.element_size() + (0 if scheme.sym else scheme.bits / 8))
-    )
+def canonical_bytes(spec: LinearSpec) -> int:
+    """Bytes of a QuantizedWeight of this spec."""
+    bits, N, G = spec.scheme.bits, spec.out_features, spec.groups
+    codes = 4 * packed_rows(spec.in_features, bits) * N
+    scales = G * N * spec.dtype.itemsize
+    return codes + scales + (0 if spec.scheme.sym else 4 * G * packed_rows(N, bits))
 
 
-def _grouped(sites: list[SiteRecord]) -> dict[str, list[SiteRecord]]:
+def _grouped(sites: list[SiteRecord]) -> list[tuple[str, list[SiteRecord]]]:
     """Records that share all but numbers in their name, under a name such as layers.{0..29}.mlp.up."""
     groups: dict[object, list[SiteRecord]] = {}
     for site in sites:
         parts = tuple("#" if p.isdigit() else p for p in site.name.split("."))
         same = (parts, site.kind, site.scheme, site.kernel, site.reason, site.shape)
         groups.setdefault(same, []).append(site)
-    return {_common_name([s.name for s in group]): group for group in groups.values()}
+    return [(_common_name([s.name for s in group]), group) for group in groups.values()]
 
 
 def _common_name(names: list[str]) -> str:

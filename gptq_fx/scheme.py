@@ -37,6 +37,9 @@ class Scheme:
             if type(getattr(self, field)) is not bool:
                 raise ConfigError(f"{field}={getattr(self, field)!r}. Legal: True, False")
 
+    def __deepcopy__(self, memo: object) -> Scheme:
+        return self  # a value; and Dynamo's guards compare copies of it at every call
+
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
         return " ".join(

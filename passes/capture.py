@@ -6,10 +6,7 @@ call_module and get_attr. After this pass there are only placeholders, with exam
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,56 +119,3 @@ def _add_example_values(gm: fx.GraphModule, values: Sequence[Any]) -> None:
     with mode:
         fakes = [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in values]
         Recorder(gm).run(*fakes)
-
-
-# --- names
-
-
-def parameter_names(gm: fx.GraphModule, values: Sequence[Any]) -> Callable[[fx.Node], tuple[str, ...]]:
-    """A function: placeholder -> the paths of its parameter, several where it is tied.
-
-    A graph knows paths only from the root of its own frame, which is an inner module after a graph
-    break or under `layer.compile()`. The full path is found from the parameter object: the outermost
-    module that is running on this thread's stack, and owns the parameter.
-    """
-    by_id = names_by_id(running_module()) if is_dynamo(gm) else {}
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    value_of = dict(zip(placeholders, values, strict=True))
-
-    def names(placeholder: fx.Node) -> tuple[str, ...]:
-        if "gptq_path" in placeholder.meta:
-            return (placeholder.meta["gptq_path"],)
-        full = by_id.get(id(value_of.get(placeholder)))
-        return full or (source_path(placeholder),)
-
-    return names
-
-
-def source_path(placeholder: fx.Node) -> str:
-    """The path that Dynamo's source of a placeholder spells, from the root of the frame."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    name = getattr(source, "name", "")
-    text = name() if callable(name) else name  # a method before torch 2.13
-    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", text)
-    return ".".join(parts) if parts else placeholder.name
-
-
-def running_module() -> nn.Module | None:
-    """The outermost nn.Module whose method is on the stack."""
-    found = None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            found = owner
-        frame = frame.f_back
-    return getattr(found, "_orig_mod", found)
-
-
-def names_by_id(root: nn.Module | None) -> dict[int, tuple[str, ...]]:
-    """id of each parameter -> its paths."""
-    names: dict[int, tuple[str, ...]] = {}
-    if root is not None:
-        for name, parameter in root.named_parameters(remove_duplicate=False):
-            names[id(parameter)] = (*names.get(id(parameter), ()), name)
-    return names

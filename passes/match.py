@@ -60,8 +60,7 @@ def _is_matrix(value: Any) -> bool:
 def _linear_at(node: fx.Node, weights: dict[fx.Node, None]) -> Site | None:
     if node.op not in ("call_function", "call_method"):
         return None
-    call = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target  # type: ignore[arg-type]
-    spelled = spelling.read(call, node.args, dict(node.kwargs))
+    spelled = read(node)
     if spelled is None or not isinstance(spelled.x, fx.Node):
         return None
     weight, flipped = _through_transposes(spelled.weight)
@@ -74,7 +73,13 @@ def _linear_at(node: fx.Node, weights: dict[fx.Node, None]) -> Site | None:
     bias = spelled.bias
     if bias is not None and not _is_bias(bias):
         return None
-    return Site(weight, "linear", "", "", spelled.transposed != flipped, node, spelled.x, bias)
+    return Site(weight, "linear", "", "", spelled.transposed != flipped, node)
+
+
+def read(node: fx.Node) -> spelling.Spelled | None:
+    """The linear that a call of the graph says, or None."""
+    call = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target  # type: ignore[arg-type]
+    return spelling.read(call, node.args, dict(node.kwargs))
 
 
 def _is_bias(bias: Any) -> bool:

@@ -15,6 +15,7 @@ from gptq_fx.decide import Decision
 from gptq_fx.kernels import Kernel
 from gptq_fx.lazy import quantized
 from gptq_fx.packed import PackedWeight, merge
+from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Scheme
 
 
@@ -26,7 +27,7 @@ class Site:
     kind: "linear", "lm_head", "router", ...; what rules go by. name: path, as the graph knows it.
     refusal: why it is no site that can be quantized, whatever the rules; "" where it is one.
     decision: what `choose` found.
-    node, x, bias: the call, where it is a linear.
+    node: the call, where it is a linear; what it takes is read from it, since passes rewrite that.
     """
 
     weight: fx.Node
@@ -35,8 +36,6 @@ class Site:
     refusal: str = ""
     transposed: bool = False
     node: fx.Node | None = None
-    x: fx.Node | None = None
-    bias: fx.Node | None = None
     decision: Decision | None = None
 
     @property
@@ -45,6 +44,8 @@ class Site:
 
     def quantized(self, weight: Tensor) -> PackedWeight:
         """The quantized form of a weight that the graph is called with at this site."""
+        if type(weight) is QuantizedParameter:
+            return weight.packed
         assert self.scheme is not None
         return quantized(weight, self.scheme, self.name, self.transposed)
 
@@ -64,12 +65,16 @@ class Operand:
     inputs: tuple[fx.Node | None, ...]
 
     def packed(self, weights: Sequence[Tensor]) -> PackedWeight:
-        """The pack of these weights in the layout of the kernel, made now if need be."""
-        parts = [site.quantized(weight) for site, weight in zip(self.sites, weights, strict=True)]
-        if len(parts) > 1:
-            return merge(parts, self.kernel)
-        parts[0].lower(self.kernel)
-        return parts[0]
+        """The pack of these weights in the layout of the kernel, made now if need be.
+
+        Every call of the compiled graph comes here for every operand, so that each line counts.
+        """
+        if len(weights) > 1:
+            return merge([s.quantized(w) for s, w in zip(self.sites, weights, strict=True)], self.kernel)
+        part = self.sites[0].quantized(weights[0])
+        if part.kernel is not self.kernel:
+            part.lower(self.kernel)
+        return part
 
 
 @dataclass

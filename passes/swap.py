@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from gptq_fx import ops
 from gptq_fx.kernels import LinearSpec, get_kernel
+from gptq_fx.passes.match import read
 from gptq_fx.passes.plan import Operand, Plan, Site
 from gptq_fx.weight import packed_rows
 
@@ -21,10 +22,12 @@ def swap(gm: fx.GraphModule, plan: Plan) -> int:
 
 def _swap(gm: fx.GraphModule, plan: Plan, site: Site) -> Operand:
     assert site.node is not None
+    spelled = read(site.node)
+    assert spelled is not None
     spec = site.quantized(plan.tensor(site.weight)).spec
     inputs = plan.add_inputs(gm, site.weight.name, canonical_examples(spec, plan))
     with gm.graph.inserting_before(site.node):
-        call = gm.graph.call_function(ops.linear, (site.x, *inputs, site.bias, spec.scheme.bits))
+        call = gm.graph.call_function(ops.linear, (spelled.x, *inputs, spelled.bias, spec.scheme.bits))
     call.meta.update(site.node.meta)
     site.node.replace_all_uses_with(call)
     gm.graph.erase_node(site.node)

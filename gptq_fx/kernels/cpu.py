@@ -114,7 +114,7 @@ def cpu_int4_linear(
     x: Tensor, packed: Tensor, scales_mins: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """x bf16 [*, K] -> [*, N]; the algorithm is chosen by the number of rows of x."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     y: Tensor
     if rows.shape[0] <= FEW_ROWS:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_mins)

@@ -1,0 +1,128 @@
+"""The graph of a tiny llama after swap, fuse and lower. EXPECTTEST_ACCEPT=1 accepts new ones."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from graphs import Stage, after, name
+from models import llama
+from torch import fx
+
+from gptq_fx.kernels.cpu import CPU_INT4
+
+# The rest is the model's own arithmetic, which no pass touches and versions of transformers change.
+SHOWN = re.compile(r"gptq\.|linear$|split$")
+
+
+def snapshot(last: str, dtype: torch.dtype) -> str:
+    """One line for each call that matters: name, shapes and weights. No name of the tracer's is in it."""
+    # One head for k and v: 16 outputs, where no version of the int4 layout can be cut.
+    model = llama(1, dtype, num_key_value_heads=1)
+    stage = after(last, model.model, torch.tensor([[3, 4, 5]]))
+    named = _inputs(stage)
+    lines = [_line(node, named) for node in stage.graph.graph.nodes if node.op.startswith("call_")]
+    return "\n".join(line for line in lines if line)
+
+
+def _inputs(stage: Stage) -> dict[fx.Node, str]:
+    """Inputs of the packs, by the last part of the site names: q|k|v.0"""
+    named = {}
+    for operand in stage.plan.operands:
+        leaves = "|".join(site.name.rpartition(".")[2].removesuffix("_proj") for site in operand.sites)
+        for i, node in enumerate(operand.inputs):
+            if node is not None:
+                named[node] = f"{leaves}.{i} {_shape(node)}"
+    return named
+
+
+def _line(node: fx.Node, named: dict[fx.Node, str]) -> str:
+    if not SHOWN.match(name(node)):
+        return ""
+    args = [_argument(a, named) for a in node.args]
+    return f"{name(node)}({', '.join(a for a in args if a)})"
+
+
+def _argument(arg: object, named: dict[fx.Node, str]) -> str:
+    if isinstance(arg, fx.Node):
+        return named.get(arg, _shape(arg))
+    return "" if arg is None else str(arg)
+
+
+def _shape(node: fx.Node) -> str:
+    example = node.meta.get("example_value")
+    if isinstance(example, torch.Tensor):
+        short = str(example.dtype).removeprefix("torch.").replace("float", "f")
+        return f"{short}{list(example.shape)}"
+    return "y"
+
+
+def test_swap() -> None:
+    assert_expected_inline(
+        snapshot("swap", torch.float32),
+        """\
+gptq.linear(f32[1, 3, 64], q.0 int32[8, 64], q.1 f32[1, 64], 4)
+gptq.linear(f32[1, 3, 64], k.0 int32[8, 16], k.1 f32[1, 16], 4)
+gptq.linear(f32[1, 3, 64], v.0 int32[8, 16], v.1 f32[1, 16], 4)
+gptq.linear(f32[1, 3, 64], o.0 int32[8, 64], o.1 f32[1, 64], 4)
+gptq.linear(f32[1, 3, 64], gate.0 int32[8, 128], gate.1 f32[1, 128], 4)
+gptq.linear(f32[1, 3, 64], up.0 int32[8, 128], up.1 f32[1, 128], 4)
+gptq.linear(f32[1, 3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
+    )
+
+
+def test_fuse() -> None:
+    assert_expected_inline(
+        snapshot("fuse", torch.float32),
+        """\
+gptq.linear(f32[1, 3, 64], q|k|v.0 int32[8, 96], q|k|v.1 f32[1, 96], 4)
+split(y, [64, 16, 16], -1)
+gptq.linear(f32[1, 3, 64], o.0 int32[8, 64], o.1 f32[1, 64], 4)
+gptq.linear(f32[1, 3, 64], gate|up.0 int32[8, 256], gate|up.1 f32[1, 256], 4)
+split(y, [128, 128], -1)
+gptq.linear(f32[1, 3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
+    )
+
+
+def test_fuse_where_the_int4_layout_cannot_be_cut_behind_k() -> None:
+    assert_expected_inline(
+        snapshot("fuse", torch.bfloat16),
+        """\
+gptq.linear(bf16[1, 3, 64], q.0 int32[8, 64], q.1 bf16[1, 64], 4)
+gptq.linear(bf16[1, 3, 64], k.0 int32[8, 16], k.1 bf16[1, 16], 4)
+gptq.linear(bf16[1, 3, 64], v.0 int32[8, 16], v.1 bf16[1, 16], 4)
+gptq.linear(bf16[1, 3, 64], o.0 int32[8, 64], o.1 bf16[1, 64], 4)
+gptq.linear(bf16[1, 3, 64], gate|up.0 int32[8, 256], gate|up.1 bf16[1, 256], 4)
+split(y, [128, 128], -1)
+gptq.linear(bf16[1, 3, 128], down.0 int32[16, 64], down.1 bf16[1, 64], 4)""",
+    )
+
+
+def test_lower_to_reference() -> None:
+    assert_expected_inline(
+        snapshot("lower", torch.float32),
+        """\
+gptq.linear(f32[1, 3, 64], q|k|v.0 int32[8, 96], q|k|v.1 f32[1, 96], 4)
+split(y, [64, 16, 16], -1)
+gptq.linear(f32[1, 3, 64], o.0 int32[8, 64], o.1 f32[1, 64], 4)
+gptq.linear(f32[1, 3, 64], gate|up.0 int32[8, 256], gate|up.1 f32[1, 256], 4)
+split(y, [128, 128], -1)
+gptq.linear(f32[1, 3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
+    )
+
+
+@pytest.mark.skipif(CPU_INT4.available() is not None, reason="no int4 kernel for this CPU")
+def test_lower_to_int4() -> None:
+    assert_expected_inline(
+        snapshot("lower", torch.bfloat16),
+        """\
+gptq.cpu_int4_linear(bf16[1, 3, 64], q.0 uint8[64, 32], q.1 bf16[1, 64, 2], 64)
+gptq.cpu_int4_linear(bf16[1, 3, 64], k.0 uint8[16, 32], k.1 bf16[1, 16, 2], 64)
+gptq.cpu_int4_linear(bf16[1, 3, 64], v.0 uint8[16, 32], v.1 bf16[1, 16, 2], 64)
+gptq.cpu_int4_linear(bf16[1, 3, 64], o.0 uint8[64, 32], o.1 bf16[1, 64, 2], 64)
+gptq.cpu_int4_linear(bf16[1, 3, 64], gate|up.0 uint8[256, 32], gate|up.1 bf16[1, 256, 2], 64)
+split(y, [128, 128], -1)
+gptq.cpu_int4_linear(bf16[1, 3, 128], down.0 uint8[64, 64], down.1 bf16[1, 64, 2], 128)""",
+    )

@@ -1,0 +1,119 @@
+"""The ops of the library `gptq`: each fits torch's contract, and gptq::linear is its equation."""
+
+import pytest
+import torch
+from tolerances import LINEAR, relative_error
+
+from gptq_fx import QuantizedWeight, Scheme
+from gptq_fx.kernels import LinearSpec, kernels
+from gptq_fx.ops import linear
+from gptq_fx.packed import PackedWeight
+from gptq_fx.parameter import handle_linear
+from gptq_fx.scheme import BITS
+
+K, N = 64, 32
+
+
+def make(sym=True, dtype=torch.float32, bits=4):
+    rng = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (K, N), generator=rng)
+    zeros = None if sym else torch.randint(2**bits, (2, N), generator=rng)
+    return QuantizedWeight.from_codes(codes, torch.rand(2, N, generator=rng).to(dtype), zeros, bits)
+
+
+def _kernel_samples(kernel):
+    """The op of a kernel as it is called, for few and for many rows."""
+    for dtype in LINEAR:
+        spec = LinearSpec(K, N, Scheme(4, 32), dtype, kernel.device or "cpu")
+        if kernel.refuses(spec) is None:
+            tensors = kernel.pack(make(dtype=dtype).to(spec.device), spec)
+            for rows in ((2, 3), (40,)):
+                x = torch.randn(*rows, K, device=spec.device, dtype=dtype)
+                bias = torch.randn(N, device=spec.device, dtype=dtype)
+                yield (x, *tensors, bias, *kernel.op_args(spec))
+
+
+KEPT = PackedWeight(make(), Scheme(4, 32), None)  # handles name a weight only while it is alive
+
+
+def _handle_samples():
+    for rows in ((3,), (2, 3)):
+        yield torch.randn(*rows, K), KEPT.handle, torch.randn(N), N
+
+
+def _many_rows_samples():
+    kernel = next(k for k in kernels() if k.name == "cpu_int4")
+    for args in _kernel_samples(kernel):
+        yield args[0].reshape(-1, K), args[1], args[2]
+
+
+SAMPLES = {
+    **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
+    "gptq::handle_linear": (handle_linear, _handle_samples),
+    "gptq::cpu_int4_many_rows": (torch.ops.gptq.cpu_int4_many_rows.default, _many_rows_samples),
+}
+OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gptq::"))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    assert name in SAMPLES, f"{name} has no sample: add one"
+    op, samples = SAMPLES[name]
+    samples = list(samples())
+    if not samples:
+        pytest.skip(f"no kernel of {name} is available here")
+    for args in samples:
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_schemas_hold_plain_types_only(name):
+    """Tensors, ints, floats, bools and strings: what every compiler and exporter can carry."""
+    schema = SAMPLES[name][0]._schema
+    plain = {"Tensor", "Optional[Tensor]", "int", "float", "bool", "str"}
+    assert {str(argument.type) for argument in schema.arguments} <= plain
+    assert not schema.is_mutable
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+def test_linear_is_its_equation(bits, sym):
+    weight, x, bias = make(sym, bits=bits), torch.randn(2, 3, K), torch.randn(N)
+    q, z = (
+        weight.codes().double(),
+        2 ** (bits - 1) if sym else weight.zeros().double().repeat_interleave(32, 0),
+    )
+    W = weight.scales.double().repeat_interleave(32, 0) * (q - z)
+    y = linear(x, *weight.tensors, bias, bits)
+    assert relative_error(y, x.double() @ W + bias.double()) <= LINEAR[torch.float32]
+
+
+def test_linear_follows_g_idx():
+    g_idx = torch.arange(K, dtype=torch.int32) % 2
+    plain = make(sym=False)
+    weight = QuantizedWeight(4, K, plain.qweight, plain.scales, plain.qzeros, g_idx)
+    x = torch.randn(3, K)
+    table = weight.scales.double()[g_idx.long()], weight.zeros().double()[g_idx.long()]
+    expected = x.double() @ (table[0] * (weight.codes().double() - table[1]))
+    found = linear(x, *weight.tensors, None, 4)
+    assert relative_error(found, expected) <= LINEAR[torch.float32]
+    assert relative_error(linear(x, *plain.tensors, None, 4), expected) > 0.1
+
+
+def test_linear_gives_the_dtype_of_x():
+    assert linear(torch.randn(3, K).bfloat16(), *make().tensors, None, 4).dtype == torch.bfloat16
+
+
+def test_linear_has_a_gradient_for_x():
+    weight = make(dtype=torch.float64)
+    x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: linear(x, *weight.tensors, None, 4), x)
+
+
+def test_a_handle_lives_as_long_as_its_weight():
+    packed = PackedWeight(make(), Scheme(4, 32), None)
+    handle, x = packed.handle, torch.randn(3, K)
+    assert torch.equal(handle_linear(x, handle, None, N), packed.linear(x, None))
+    del packed
+    with pytest.raises(KeyError):
+        handle_linear(x, handle, None, N)
