@@ -26,6 +26,7 @@ class _Forms:
 
     parameter: weakref.ref[Tensor]
     version: tuple[int, int]
+    storage: torch.UntypedStorage  # kept, so that no other numbers can come to lie at its address
     by_scheme: dict[tuple[Scheme, bool], PackedWeight] = field(default_factory=dict)
 
 
@@ -59,6 +60,7 @@ def _forms(weight: Tensor) -> _Forms:
     version = (-1 if weight.is_inference() else weight._version, weight.data_ptr())
     forms = _FORMS.get(key)
     if forms is None or forms.parameter() is not weight or forms.version != version:
-        forms = _Forms(weakref.ref(weight, lambda _: _FORMS.pop(key, None)), version)
+        gone = weakref.ref(weight, lambda _: _FORMS.pop(key, None))
+        forms = _Forms(gone, version, weight.untyped_storage())
         _FORMS[key] = forms
     return forms

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gptq_fx.errors import GPTQError
-
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
     """A copy of the graph that may be rewritten, and one real input for each of its placeholders.
@@ -91,9 +89,7 @@ def _lift_attributes(gm: fx.GraphModule) -> list[str]:
     """get_attr of a tensor becomes a placeholder; one for each attribute."""
     lifted_nodes: dict[str, fx.Node] = {}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    if not placeholders:
-        raise GPTQError("the traced graph has no input")
-    last = placeholders[-1]
+    last = placeholders[-1] if placeholders else None
     for node in list(gm.graph.nodes):
         if node.op != "get_attr" or not isinstance(_attribute(gm, node.target), Tensor):
             continue

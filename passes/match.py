@@ -34,11 +34,11 @@ def match(gm: fx.GraphModule, plan: Plan) -> int:
     """Fill plan.sites, in the order of the graph; how many of them are linears."""
     weights = {n: None for n, v in plan.values.items() if _is_matrix(v)}
     found = [site for node in gm.graph.nodes if (site := _linear_at(node, weights))]
-    tables = _embedding_rows(gm)
+    vocabulary = _largest_table(gm)
     for site in found:
         assert site.node is not None
         site.name = _site_name(site.node, site.weight, plan)
-        site.kind = _kind(site, tables, last=site is found[-1])
+        site.kind = _kind(site, vocabulary if site is found[-1] else None)
     plan.sites += found
     claimed = {site.weight for site in found}
     for weight in (w for w in weights if w not in claimed):
@@ -139,21 +139,22 @@ def _is_tied(weight: fx.Node) -> bool:
     return any(user.target in EMBEDDINGS for user in weight.users)
 
 
-def _kind(site: Site, tables: set[int], last: bool) -> str:
+def _kind(site: Site, vocabulary: int | None) -> str:
     """lm_head: tied to an embedding, named so, or the last linear of the graph with one output for
-    each row of an embedding table. router: followed by a choice of experts, or named so."""
+    each row of the largest embedding table (`vocabulary`).
+    router: followed by a choice of experts, or named so."""
     assert site.node is not None
     leaf = site.name.rpartition(".")[2]
     outputs = site.weight.meta["example_value"].shape[1 if site.transposed else 0]
-    if _is_tied(site.weight) or leaf in ("lm_head", "embed_out") or (last and outputs in tables):
+    if _is_tied(site.weight) or leaf in ("lm_head", "embed_out") or outputs == vocabulary:
         return "lm_head"
     return "router" if leaf == "router" or _routes(site.node) else "linear"
 
 
-def _embedding_rows(gm: fx.GraphModule) -> set[int]:
+def _largest_table(gm: fx.GraphModule) -> int | None:
     calls = [n for n in gm.graph.nodes if n.target in EMBEDDINGS and len(n.args) > 1]
     tables = [n.args[1] if n.target is F.embedding else n.args[0] for n in calls]
-    return {t.meta["example_value"].shape[0] for t in tables if "example_value" in t.meta}
+    return max((t.meta["example_value"].shape[0] for t in tables if "example_value" in t.meta), default=None)
 
 
 def _routes(node: fx.Node) -> bool:
