@@ -44,7 +44,8 @@ def _handle_samples():
 def _many_rows_samples():
     kernel = next(k for k in kernels() if k.name == "cpu_int4")
     for args in _kernel_samples(kernel):
-        yield args[0].reshape(-1, K), args[1], args[2]
+        x = args[0].reshape(-1, K)
+        yield x, args[1], args[2], x.new_empty(x.shape[0], args[1].shape[0])
 
 
 SAMPLES = {

@@ -20,7 +20,7 @@ ROUNDS = 9
 SECONDS = 0.01  # of calls in one round, at least
 
 
-def milliseconds(call: Callable[[], torch.Tensor]) -> float:
+def milliseconds(call: Callable[[], object]) -> float:
     calls, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < SECONDS:
         call()
@@ -35,11 +35,12 @@ def measure(rows: int, out_features: int, in_features: int, group_size: int) -> 
     dense = torch.randn(out_features, in_features, dtype=torch.bfloat16)
     packed, scales_mins = pack(round_to_nearest(dense, scheme), spec)
     x = torch.randn(rows, in_features, dtype=torch.bfloat16)
+    out = x.new_empty(rows, out_features)
     int4 = torch.ops.aten._weight_int4pack_mm_for_cpu
     ways = (
         lambda: torch.nn.functional.linear(x, dense),
         lambda: int4(x, packed, group_size, scales_mins),
-        lambda: cpu_int4_many_rows(x, packed, scales_mins),
+        lambda: cpu_int4_many_rows(x, packed, scales_mins, out),
     )
     for way in ways:
         way()

@@ -11,6 +11,7 @@ loses little to its bf16 elsewhere.
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from gptq_fx.ops import define, define_opaque
 from gptq_fx.weight import QuantizedWeight
 
 # Rows up to which aten's kernel is the faster one; examples/benchmarks/cpu_rows.py prints the table.
-FEW_ROWS = 24
+FEW_ROWS = 40
 GROUP_SIZES = (256, 128, 64, 32)
-CHUNK = 512  # outputs dequantized at a time: 2 MiB of bf16 at K = 2048
+CHUNK = 2**20  # numbers dequantized at a time: 2 MiB of bf16, which stay in cache
 
 
 @functools.cache
@@ -119,36 +120,51 @@ def cpu_int4_linear(
     if rows.shape[0] <= FEW_ROWS:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_mins)
     else:
-        y = cpu_int4_many_rows(rows, packed, scales_mins)
+        y = rows.new_empty(rows.shape[0], packed.shape[0])
+        cpu_int4_many_rows(rows, packed, scales_mins, y)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
     return y if bias is None else y + bias
 
 
+# Fresh memory costs more, in page faults, than filling it: the result is written where the caller
+# says (Inductor uses its buffers again), and the buffers of the chunks stay from call to call.
+_buffers = threading.local()
+
+
+def _buffer(name: str, size: int, like: Tensor) -> Tensor:
+    kept: Tensor | None = getattr(_buffers, name, None)
+    if kept is None or kept.numel() < size or kept.dtype != like.dtype:
+        kept = torch.empty(size, dtype=like.dtype)
+        setattr(_buffers, name, kept)
+    return kept[:size]
+
+
 @define_opaque(
-    "cpu_int4_many_rows(Tensor x, Tensor packed, Tensor scales_mins) -> Tensor",
-    fake=lambda x, packed, scales_mins: x.new_empty(x.shape[0], packed.shape[0]),
+    "cpu_int4_many_rows(Tensor x, Tensor packed, Tensor scales_mins, Tensor(a!) out) -> ()",
+    fake=lambda x, packed, scales_mins, out: None,
 )
-def cpu_int4_many_rows(x: Tensor, packed: Tensor, scales_mins: Tensor) -> Tensor:
-    """x bf16 [M, K] -> [M, N]: dequantize as many outputs as stay in cache, multiply, go on."""
+def cpu_int4_many_rows(x: Tensor, packed: Tensor, scales_mins: Tensor, out: Tensor) -> None:
+    """x bf16 [M, K] -> out [M, N]: dequantize as many outputs as stay in cache, multiply, go on."""
     M, K = x.shape
     N = packed.shape[0]
-    scales, mins = (t.float().contiguous() for t in scales_mins.unbind(-1))
-    y = x.new_empty(M, N)
-    for start in range(0, N, CHUNK):
-        part = slice(start, min(start + CHUNK, N))
-        weight = x.new_empty(K, part.stop - start)
-        _dequantize(packed[part], scales[:, part], mins[:, part], weight)
-        y[:, part] = x @ weight
-    return y
+    step = max(CHUNK // K // BLOCK, 1) * BLOCK
+    for start in range(0, N, step):
+        part = slice(start, min(start + step, N))
+        n = part.stop - start
+        weight = _buffer("weight", K * n, x).view(K, n)
+        _dequantize(packed[part], scales_mins[:, part], weight)
+        product = _buffer("product", M * n, x).view(M, n)
+        out[:, part] = torch.mm(x, weight, out=product)
 
 
-def _dequantize(packed: Tensor, scales: Tensor, mins: Tensor, out: Tensor) -> None:
-    """W^T [K, n] into `out`, from packed uint8 [n, K/2] and scales, mins fp32 [G, n]."""
+def _dequantize(packed: Tensor, scales_mins: Tensor, out: Tensor) -> None:
+    """W^T [K, n] into `out`, from packed uint8 [n, K/2] and scales_mins bf16 [G, n, 2]."""
     K, n = out.shape
-    if n % BLOCK == 0 and dequantize_blocks(packed, scales, mins, out, BLOCK):
+    if n % BLOCK == 0 and dequantize_blocks(packed, scales_mins, out, BLOCK):
         return
+    scales, mins = scales_mins.float().unsqueeze(1).unbind(-1)
     codes = unpack_codes(packed).float().view(scales.shape[0], -1, n)
-    out.copy_(codes.sub_(8).mul_(scales[:, None]).add_(mins[:, None]).view(K, n))
+    out.copy_(codes.sub_(8).mul_(scales).add_(mins).view(K, n))
 
 
 CPU_INT4 = register(

@@ -18,28 +18,45 @@ SOURCE = """
 #pragma GCC optimize("tree-loop-vectorize")  // Inductor turns it off: it vectorizes by hand
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
-static inline uint16_t bfloat16(float value) {{  // to nearest even; no NaN comes here
+static inline uint16_t to_bfloat16(float value) {{  // to nearest even; no NaN comes here
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }}
 
-// packed [blocks][K][{half}] -> out [K][blocks * 2 * {half}] bf16; scales and mins [K / group][stride]
-extern "C" void dequantize(const uint8_t* packed, const float* scales, const float* mins, uint16_t* out,
+static inline float to_float(uint16_t value) {{
+    uint32_t bits = uint32_t(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}}
+
+// packed [blocks][K][{half}], scales_mins bf16 [K / group][stride][2] -> out bf16 [K][blocks * 2 * {half}]
+extern "C" void dequantize(const uint8_t* packed, const uint16_t* scales_mins, uint16_t* out,
                            int64_t blocks, int64_t K, int64_t group, int64_t stride) {{
     constexpr int64_t half = {half}, block = 2 * half;
-    for (int64_t b = 0; b < blocks; ++b)
-        for (int64_t k = 0; k < K; ++k) {{
+    static thread_local std::vector<float> scales, mins;
+    scales.resize(blocks * block);
+    mins.resize(blocks * block);
+    for (int64_t k = 0; k < K; ++k) {{
+        if (k % group == 0)
+            for (int64_t n = 0; n < blocks * block; ++n) {{
+                scales[n] = to_float(scales_mins[2 * (k / group * stride + n)]);
+                mins[n] = to_float(scales_mins[2 * (k / group * stride + n) + 1]);
+            }}
+        for (int64_t b = 0; b < blocks; ++b) {{
             const uint8_t* codes = packed + (b * K + k) * half;
-            const float* s = scales + k / group * stride + b * block;
-            const float* m = mins + k / group * stride + b * block;
+            const float* s = scales.data() + b * block;
+            const float* m = mins.data() + b * block;
             uint16_t* w = out + (k * blocks + b) * block;
             for (int64_t j = 0; j < half; ++j)
-                w[j] = bfloat16((int(codes[j] & 15) - 8) * s[j] + m[j]);
+                w[j] = to_bfloat16((int(codes[j] & 15) - 8) * s[j] + m[j]);
             for (int64_t j = 0; j < half; ++j)
-                w[half + j] = bfloat16((int(codes[j] >> 4) - 8) * s[half + j] + m[half + j]);
+                w[half + j] = to_bfloat16((int(codes[j] >> 4) - 8) * s[half + j] + m[half + j]);
         }}
+    }}
 }}
 extern "C" void kernel() {{}}
 """
@@ -51,7 +68,7 @@ def _compiled(block: int) -> ctypes.CDLL | None:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load(SOURCE.format(half=block // 2))
-        library.dequantize.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4
+        library.dequantize.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
         library.dequantize.restype = None
     except Exception as error:  # no compiler, a read-only cache, another Inductor
         log.warning("cpu_int4 dequantizes by plain torch, which is slower for many rows: %s", error)
@@ -60,26 +77,25 @@ def _compiled(block: int) -> ctypes.CDLL | None:
     return library
 
 
-def dequantize_blocks(packed: Tensor, scales: Tensor, mins: Tensor, out: Tensor, block: int) -> bool:
-    """W^T [K, n] into `out` (bf16) from the first n outputs of the views, whole blocks.
+def dequantize_blocks(packed: Tensor, scales_mins: Tensor, out: Tensor, block: int) -> bool:
+    """W^T [K, n] into `out` (bf16): whole blocks of outputs.
 
-    packed uint8 [>= n, K/2]; scales, mins fp32 [G, >= n], columns adjacent. False, with nothing done,
-    where there is no compiler.
+    packed uint8 [n, K/2] contiguous; scales_mins bf16 [G, n, 2], which may be cut out of a wider one.
+    False, with nothing done, where there is no compiler.
     """
     library = _compiled(block)
     if library is None:
         return False
     K, n = out.shape
     assert out.is_contiguous() and packed.is_contiguous() and n % block == 0
-    assert scales.stride() == mins.stride() and scales.stride(1) == 1
+    assert scales_mins.stride()[1:] == (2, 1) and scales_mins.stride(0) % 2 == 0
     library.dequantize(
         packed.data_ptr(),
-        scales.data_ptr(),
-        mins.data_ptr(),
+        scales_mins.data_ptr(),
         out.data_ptr(),
         n // block,
         K,
-        K // scales.shape[0],
-        scales.stride(0),
+        K // scales_mins.shape[0],
+        scales_mins.stride(0) // 2,
     )
     return True

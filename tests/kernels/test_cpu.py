@@ -117,13 +117,14 @@ def test_the_group_it_runs_with_divides_the_group(here, size, K, runs_with):
 
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("N", [16, 208, cpu.CHUNK + 16, 2 * cpu.CHUNK + 64])
+@pytest.mark.parametrize("N", [16, 208, 512 + 16, 2 * 512 + 64])
 def test_few_rows_and_many_rows_agree(monkeypatch, here, N, bits, sym):
     spec, weight = make(N, bits=bits, sym=sym)
     tensors = cpu.pack(weight, spec)
     x = torch.randn(cpu.FEW_ROWS, 64).bfloat16()
     few = cpu.CPU_INT4.call(x, tensors, None, spec)
     monkeypatch.setattr(cpu, "FEW_ROWS", 0)
+    monkeypatch.setattr(cpu, "CHUNK", 512 * 64)
     many = cpu.CPU_INT4.call(x, tensors, None, spec)
     assert relative_error(many, few) <= SAME_KERNEL[torch.bfloat16]
 
