@@ -40,21 +40,24 @@ extern "C" void dequantize(const uint8_t* packed, const uint16_t* scales_mins, u
     static thread_local std::vector<float> scales, mins;
     scales.resize(blocks * block);
     mins.resize(blocks * block);
-    for (int64_t k = 0; k < K; ++k) {{
-        if (k % group == 0)
-            for (int64_t n = 0; n < blocks * block; ++n) {{
-                scales[n] = to_float(scales_mins[2 * (k / group * stride + n)]);
-                mins[n] = to_float(scales_mins[2 * (k / group * stride + n) + 1]);
-            }}
+    for (int64_t start = 0; start < K; start += group) {{
+        const uint16_t* grid = scales_mins + 2 * (start / group * stride);
+        for (int64_t n = 0; n < blocks * block; ++n) {{
+            scales[n] = to_float(grid[2 * n]);
+            mins[n] = to_float(grid[2 * n + 1]);
+        }}
         for (int64_t b = 0; b < blocks; ++b) {{
-            const uint8_t* codes = packed + (b * K + k) * half;
             const float* s = scales.data() + b * block;
             const float* m = mins.data() + b * block;
-            uint16_t* w = out + (k * blocks + b) * block;
-            for (int64_t j = 0; j < half; ++j)
-                w[j] = to_bfloat16((int(codes[j] & 15) - 8) * s[j] + m[j]);
-            for (int64_t j = 0; j < half; ++j)
-                w[half + j] = to_bfloat16((int(codes[j] >> 4) - 8) * s[half + j] + m[half + j]);
+            for (int64_t k = start; k < start + group; ++k) {{
+                const uint8_t* codes = packed + (b * K + k) * half;
+                uint16_t* w = out + (k * blocks + b) * block;
+                __builtin_prefetch(codes + 4096);  // the hardware looks no further than a page
+                for (int64_t j = 0; j < half; ++j)
+                    w[j] = to_bfloat16((int(codes[j] & 15) - 8) * s[j] + m[j]);
+                for (int64_t j = 0; j < half; ++j)
+                    w[half + j] = to_bfloat16((int(codes[j] >> 4) - 8) * s[half + j] + m[half + j]);
+            }}
         }}
     }}
 }}
