@@ -52,6 +52,8 @@ bench: $(READY)  ## the tables of examples/benchmarks/results
 	@echo "== benchmarks: half an hour, on an otherwise idle machine"
 	$(PIP) -e ".[bench]"
 	$(BIN)/python examples/benchmarks/decode.py --out examples/benchmarks/results/decode.md
+	$(BIN)/python examples/benchmarks/decode.py --prompt 64 --out examples/benchmarks/results/decode-short.md
+	$(BIN)/python examples/benchmarks/cpu_rows.py --out examples/benchmarks/results/cpu_rows.md
 	$(BIN)/python examples/benchmarks/passes.py --out examples/benchmarks/results/passes.md
 	$(BIN)/python examples/benchmarks/cpu_rows.py --out examples/benchmarks/results/cpu_rows.md
 

@@ -24,7 +24,6 @@ from table import conditions, markdown, parser, publish
 sys.path.append(str(Path(__file__).parents[1]))
 from smollm2 import checkpoint
 
-PROMPT = 512  # tokens
 STEPS = 32  # decode steps in one round
 
 
@@ -85,15 +84,16 @@ class Runner:
     """One variant of a model, with its own static cache. A round: a prefill, some decode steps."""
 
     model: PreTrainedModel
+    prompt: torch.Tensor  # token ids [1, length]
     prefill: list[float] = field(default_factory=list)  # tokens/s, one entry per round
     decode: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.model.config
-        self.cache = StaticCache(config, max_cache_len=PROMPT + STEPS)
+        length = self.prompt.shape[1]
+        self.cache = StaticCache(config, max_cache_len=length + STEPS)
         heads, size = config.num_key_value_heads, config.head_dim
         self.cache.early_initialization(1, heads, size, torch.bfloat16, self.model.device)
-        self.prompt = torch.arange(PROMPT)[None] % config.vocab_size
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         logits = self.model(tokens, past_key_values=self.cache, logits_to_keep=1).logits
@@ -108,7 +108,7 @@ class Runner:
         for _ in range(STEPS):
             token = self.forward(token)
         end = time.perf_counter()
-        self.prefill.append(PROMPT / (between - start))
+        self.prefill.append(self.prompt.shape[1] / (between - start))
         self.decode.append(STEPS / (end - between))
 
     def forget(self) -> None:
@@ -116,14 +116,15 @@ class Runner:
         self.decode.clear()
 
 
-def compare(model: PreTrainedModel, group_size: int, rounds: int) -> str:
+def compare(model: PreTrainedModel, group_size: int, rounds: int, prompt: int) -> str:
+    ids = torch.arange(prompt)[None] % model.config.vocab_size
     torch.compiler.reset()
     runners: dict[str, Runner] = {}
     for name, prepare in VARIANTS.items():
         variant = copy.deepcopy(model)
         with Console(stderr=True).status(f"{name}: compiling prefill and decode"):
             prepare(variant, group_size)
-            runners[name] = Runner(variant)
+            runners[name] = Runner(variant, ids)
             runners[name].round()  # compiles
             runners[name].round()  # warms up
         runners[name].forget()
@@ -164,16 +165,17 @@ MODELS = {
 def main() -> None:
     cli = parser(__doc__.splitlines()[0])
     cli.add_argument("--rounds", type=int, default=15)
+    cli.add_argument("--prompt", type=int, default=512, help="tokens of context before decode")
     cli.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     args = cli.parse_args()
     torch.set_num_threads(args.threads)
     parts = [
         conditions("Decode and prefill, batch 1"),
-        f"* medians of {args.rounds} rounds: {PROMPT} tokens of prefill, then {STEPS} of decode",
+        f"* medians of {args.rounds} rounds: {args.prompt} tokens of prefill, then {STEPS} of decode",
     ]
     for title, build, group_size in (MODELS[name] for name in args.models):
         parts.append(f"\n## {title}; group size {group_size}\n")
-        parts.append(compare(build(), group_size, args.rounds))
+        parts.append(compare(build(), group_size, args.rounds, args.prompt))
     publish("\n".join(parts), args.out)
 
 

@@ -123,7 +123,7 @@ def test_a_dynamo_graph_is_copied_and_its_inputs_are_the_parameters() -> None:
         assert {id(p) for p in model.parameters()} <= {id(v) for v in values}
         sources = [n._dynamo_source for n in graph.graph.nodes if n.op == "placeholder"]
         assert sources == [n._dynamo_source for n in gm.graph.nodes if n.op == "placeholder"]
-        graph.graph.erase_node(next(reversed(graph.graph.nodes)))  # what is done to the copy
+        graph.graph.erase_node(next(iter(reversed(graph.graph.nodes))))  # what is done to the copy
         return gm.forward
 
     assert relative(output(torch.compile(model, backend=take), {"x": X}), output(model, {"x": X})) < 1e-6
