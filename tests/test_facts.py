@@ -465,7 +465,8 @@ def compiled_and_forgotten(way: str, dtype: torch.dtype) -> list[weakref.ref[Any
     model, options = prepared(llama(1, dtype), way)
     logits(torch.compile(model, backend="gptq", options=options))
     packs = [p.packed for p in quantized_parameters(model).values()]
-    packs += [pack for forms in lazy._FORMS.values() for pack in forms.by_scheme.values()]
+    own = [lazy._FORMS[id(p)] for p in model.parameters() if id(p) in lazy._FORMS]
+    packs += [pack for forms in own for pack in forms.by_scheme.values()]
     packs += [pack.merged for pack in packs if pack.merged]
     assert len(packs) > 7
     tensors = [t for pack in packs for t in pack.tensors if t is not None]
@@ -475,10 +476,11 @@ def compiled_and_forgotten(way: str, dtype: torch.dtype) -> list[weakref.ref[Any
 @ways
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_deleted_model_is_collected_with_its_packs(way: str, dtype: torch.dtype) -> None:
+    before = len(lazy._FORMS)
     watched = compiled_and_forgotten(way, dtype)
     gc.collect()
     assert [type(ref()).__name__ for ref in watched if ref() is not None] == []
-    assert not lazy._FORMS
+    assert len(lazy._FORMS) <= before
 
 
 def stored(parameters: list[QuantizedParameter]) -> int:
