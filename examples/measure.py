@@ -75,15 +75,24 @@ def generation(
     )
 
 
-def held_out_windows(tokenizer: Tokenizer, count: int, length: int = 512) -> torch.Tensor:
-    """[count, length] token ids, spread evenly over the help texts that come with every Python.
+def windows(
+    tokenizer: Tokenizer, held_out: int, calibration: int, length: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([held_out, length], [calibration, length]) token ids out of the help texts of every Python.
 
-    The texts differ between Python versions: compare only what one run prints.
+    Both are spread evenly over the texts, and have no window in common. The texts differ between Python
+    versions: compare only what one run prints.
     """
     text = "\n\n".join(topics[name] for name in sorted(topics))
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    windows = ids[: len(ids) // length * length].view(-1, length)
-    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+    every = ids[: len(ids) // length * length].view(-1, length)
+    test = _spread(len(every), held_out)
+    rest = torch.tensor(sorted(set(range(len(every))) - set(test.tolist())))
+    return every[test], every[rest[_spread(len(rest), calibration)]]
+
+
+def _spread(length: int, count: int) -> torch.Tensor:
+    return torch.linspace(0, length - 1, min(count, length)).long()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from gptq_fx.backend import backend
 from gptq_fx.config import GPTQConfig
 from gptq_fx.errors import (
+    CalibrationError,
     ConfigError,
     DenseUseError,
     GPTQError,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "W4A16",
     "W8A16",
+    "CalibrationError",
     "ConfigError",
     "DenseUseError",
     "GPTQConfig",

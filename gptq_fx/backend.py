@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from gptq_fx import passes
+from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import decide, restore_marks
 from gptq_fx.errors import GPTQError, SchemeMismatchError
 from gptq_fx.names import full_path, parameter_names, running_module
@@ -43,21 +44,32 @@ def backend(
     """
     parsed = Options.parse(options, mode)
     graph, values = capture(gm, example_inputs)
-    plan = make_plan(graph, values, parsed)
+    plan = make_plan(
+        graph, values, parsed.config, kernel=parsed.kernel, explicit=parsed.explicit, root=running_module()
+    )
     passes.run(graph, plan)
     return Compiled(graph, plan, values, parsed)
 
 
-def make_plan(graph: fx.GraphModule, values: Sequence[Any], options: Options) -> Plan:
+def make_plan(
+    graph: fx.GraphModule,
+    values: Sequence[Any],
+    config: GPTQConfig,
+    *,
+    root: nn.Module | None,
+    kernel: str = "auto",
+    explicit: bool = False,
+) -> Plan:
+    """root: the module by which a graph of Dynamo's has its parameters named."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    root = running_module() if is_dynamo(graph) else None
+    root = root if is_dynamo(graph) else None
     restore_marks(root)
     return Plan(
-        options.config,
-        options.kernel,
+        config,
+        kernel,
         dict(zip(placeholders, values, strict=True)),
         parameter_names(graph, values, root),
-        options.explicit,
+        explicit,
     )
 
 

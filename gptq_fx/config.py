@@ -10,6 +10,17 @@ from typing import Any
 from gptq_fx.errors import ConfigError, unknown
 from gptq_fx.scheme import Rule, Scheme
 
+CALIBRATION_FIELDS = (
+    "act_group_aware",
+    "static_groups",
+    "damp_percent",
+    "mse",
+    "scale_search",
+    "gptaq",
+    "sequential",
+    "route_all",
+    "min_tokens",
+)
 SCHEME_FIELDS = tuple(f.name for f in fields(Scheme))
 
 
@@ -18,8 +29,11 @@ class GPTQConfig:
     """What to quantize and how.
 
     bits, group_size, sym, desc_act: the default Scheme.
-    act_group_aware, static_groups, damp_percent, mse, sequential, route_all, min_tokens: settings of
-        the calibrated algorithm.
+    act_group_aware, static_groups, damp_percent, mse, scale_search, gptaq: settings of the calibrated
+        algorithm (gptq_fx.gptq.Settings).
+    sequential: calibrate stage by stage, each on what the quantized stages before it give; or all at
+        once, on what the dense model gives, whatever graphs it has.
+    route_all, min_tokens: how experts are calibrated.
     lm_head: quantize the output projection too; a tied one is untied, the embedding stays dense.
     dynamic: regex -> overrides of bits, group_size, sym, desc_act. A key "-:REGEX" leaves the sites
         dense; "+:REGEX" or a bare REGEX overrides. Matched from the start of the path, first wins.
@@ -42,16 +56,19 @@ class GPTQConfig:
     sequential: bool = True
     route_all: bool | None = None
     min_tokens: int | None = None
+    scale_search: bool = True
+    gptaq: float = 0.5
     # derived: `dynamic` and `rules` as given by the user, and the defaults that follow them
     user_rules: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
     all_rules: tuple[Rule, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("act_group_aware", "static_groups", "lm_head", "sequential"):
+        for name in ("act_group_aware", "static_groups", "scale_search", "lm_head", "sequential"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name}={getattr(self, name)!r}. Legal: True, False")
         _check("damp_percent", self.damp_percent, lambda v: 0 < v < 1, "a number between 0 and 1")
         _check("mse", self.mse, lambda v: v >= 0, "0 (off) or a positive exponent")
+        _check("gptaq", self.gptaq, lambda v: 0 <= v <= 1, "a number from 0 (off) to 1")
         if self.route_all not in (None, True, False):
             raise ConfigError(f"route_all={self.route_all!r}. Legal: True, False, None")
         if self.min_tokens is not None:
@@ -77,6 +94,12 @@ class GPTQConfig:
     def by_path(self) -> bool:
         """Whether two sites of one kind may get different schemes because of their paths."""
         return any(rule.pattern for rule in self.user_rules)
+
+    @property
+    def calibration_settings(self) -> list[str]:
+        """Settings, as the user gave them, that mean nothing without calibration."""
+        given = self.to_dict()
+        return [f"{name}={given[name]!r}" for name in CALIBRATION_FIELDS if name in given]
 
     def rule_for(self, name: str, kind: str) -> Rule | None:
         """The first rule that matches, or None where no rule knows the kind."""

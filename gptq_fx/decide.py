@@ -54,10 +54,12 @@ def decide(
     kernel: str = "auto",
     transposed: bool = False,
     explicit: bool = False,
+    calibrated: bool = False,
 ) -> Decision:
     """What happens to a weight [N, K] ([K, N] if `transposed`) at the site `name` of `kind`.
 
     explicit: the user gave options, which then apply to weights that `quantize` left dense.
+    calibrated: inputs of the weight are known, by whose importance its features can be ordered.
     Raises KernelError if no kernel, or not the one demanded, can run it.
     """
     if isinstance(weight, QuantizedParameter):
@@ -73,7 +75,7 @@ def decide(
     K, N = weight.shape if transposed else tuple(weight.shape)[::-1]
     scheme, fitted = rule.scheme.fitted(K)
     reasons = [fitted]
-    if scheme.desc_act:
+    if scheme.desc_act and not calibrated:
         scheme = replace(scheme, desc_act=False)
         reasons.append("act-order needs calibration; without data the natural order is kept")
     spec = LinearSpec(K, N, scheme, weight.dtype, weight.device.type)

@@ -18,6 +18,10 @@ class WeightError(GPTQError, ValueError):
     """A weight that cannot be quantized as it is (NaN, Inf, wrong shape or dtype)."""
 
 
+class CalibrationError(GPTQError, ValueError):
+    """Calibration inputs that the model cannot take, or that no weight can be quantized by."""
+
+
 class KernelError(GPTQError, RuntimeError):
     """No registered kernel, or not the demanded one, can run a site."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,17 +12,14 @@ from gptq_fx.backend import make_plan
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide, restore_marks
 from gptq_fx.names import names_by_id
-from gptq_fx.options import Options
+from gptq_fx.observe import observe
 from gptq_fx.passes import run
-from gptq_fx.passes.capture import capture
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
 from gptq_fx.report import Report
 from gptq_fx.scheme import Rule
 
 UNREACHED = "no graph reached it: code that cannot be traced, or not used by these inputs"
-
-_seen: ContextVar[list[tuple[Site, Tensor]]] = ContextVar("gptq_fx_seen")
 
 
 def explain(model: nn.Module, *args: Any, config: GPTQConfig | None = None, **kwargs: Any) -> Report:
@@ -35,29 +31,25 @@ def explain(model: nn.Module, *args: Any, config: GPTQConfig | None = None, **kw
     config = config or GPTQConfig()
     restore_marks(model)
     seen: list[tuple[Site, Tensor]] = []
-    token = _seen.set(seen)
-    try:
-        with torch.no_grad():
-            torch.compile(model, backend=_observer)(*args, **kwargs)
-    finally:
-        _seen.reset(token)
+    sites: dict[fx.GraphModule, list[tuple[Site, int]]] = {}
+
+    def note(gm: fx.GraphModule, values: tuple[Any, ...]) -> Any:
+        if gm not in sites:
+            sites[gm] = _sites(gm, values, model)
+        seen.extend((site, values[i]) for site, i in sites[gm])
+        return gm.forward(*values)
+
+    with torch.no_grad():
+        observe(model, args, kwargs, note)
     return _report(model, seen, config)
 
 
-def _observer(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Find the sites when the graph is made, and note their weights whenever it runs."""
-    graph, values = capture(gm, example_inputs)
-    plan = make_plan(graph, values, Options.parse(None, None))
-    run(graph, plan, [match])
+def _sites(gm: fx.GraphModule, values: tuple[Any, ...], model: nn.Module) -> list[tuple[Site, int]]:
+    """What `match` finds in a graph, with the position of its weight among the inputs."""
+    plan = make_plan(gm, values, GPTQConfig(), root=model)
+    run(gm, plan, [match])
     position = {node: i for i, node in enumerate(plan.values)}
-    sites = [(site, position[site.weight]) for site in plan.sites]
-
-    def observed(*args: Any) -> Any:
-        if (seen := _seen.get(None)) is not None:
-            seen += [(site, args[i]) for site, i in sites]
-        return gm.forward(*args)
-
-    return observed
+    return [(site, position[site.weight]) for site in plan.sites]
 
 
 def _report(model: nn.Module, seen: Sequence[tuple[Site, Tensor]], config: GPTQConfig) -> Report:

@@ -14,3 +14,8 @@ def progress(items: Sequence[T], what: str, *, show: bool = True) -> Sequence[T]
     """The items, with a bar on stderr once two seconds have gone by."""
     bar: Sequence[T] = tqdm(items, what, delay=2, disable=not show, leave=False)
     return bar
+
+
+def bar(total: int, what: str, *, show: bool = True) -> tqdm[None]:
+    """A bar with the time left for steps that are no items of a sequence."""
+    return tqdm(total=total, desc=what, delay=2, disable=not show, leave=False)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gptq_fx.calibration import calibrate
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide, leave_dense
 from gptq_fx.errors import ConfigError
 from gptq_fx.grid import check_finite, relative_error, round_to_nearest
+from gptq_fx.linear import Linear, Quantized
 from gptq_fx.names import names_by_id
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter, as_parameter
@@ -23,25 +25,34 @@ from gptq_fx.report import Report
 
 @dataclass(frozen=True)
 class _Weight:
-    """A linear's weight: module.weight, of logical shape [K, N] if `transposed`."""
+    """module.`leaf` is the weight of a linear, of logical shape [K, N] if `transposed`.
+
+    calibrated: what calibration made of it, where an input reached it.
+    """
 
     name: str
     kind: str
     module: nn.Module
+    leaf: str
     transposed: bool
     decision: Decision
+    calibrated: Quantized | None = None
 
     @property
-    def dense(self) -> Tensor:
-        weight = self.module.weight
+    def parameter(self) -> Tensor:
+        weight = getattr(self.module, self.leaf)
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def chosen(self) -> bool:
+        return self.decision.scheme is not None and not isinstance(self.parameter, QuantizedParameter)
 
 
 def quantize(
     model: nn.Module,
     config: GPTQConfig | None = None,
-    calibration: Iterable[dict[str, Any]] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
     *,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -50,47 +61,54 @@ def quantize(
 ) -> Report:
     """Quantize the linears of `model` in place, and free their dense weights.
 
-    calibration: None rounds to nearest. Without inputs there is no graph to read, so that the linears
-        are the modules that are one: nn.Linear and its subclasses, and transformers' Conv1D.
+    calibration: batches, dicts of what the model's forward takes, on its device; every linear of its
+        graph is quantized by GPTQ on what reaches it, and one that nothing reaches is rounded to nearest.
+        None rounds all to nearest. Without inputs there is no graph to read, so that the linears are the
+        modules that are one: nn.Linear and its subclasses, and transformers' Conv1D.
     device: where to compute; the weights stay on their own.
     progress: show a bar for what takes over two seconds.
+    resume_dir: a folder for the finished stages of a calibration in sequence. A run that was killed
+        goes on behind the last of them when it is started again, and gives the same integers.
 
-    The model is changed only once nothing can be refused any more. Raises WeightError, naming the
-    weight, on NaN or Inf; KernelError where nothing can run a site; ConfigError on what is not legal.
+    The model is changed at the very end, once nothing can be refused or interrupted any more: until then
+    the quantized weights are held beside the dense ones.
+    Raises CalibrationError on batches that the model cannot take, WeightError, naming the weight, on NaN
+    or Inf; KernelError where nothing can run a site; ConfigError on what is not legal.
     """
     config = config or GPTQConfig()
-    for name, value in (
-        ("calibration", calibration),
-        ("resume_dir", resume_dir),
-        ("max_memory", max_memory),
-    ):
-        if value is not None:
-            raise ConfigError(
-                f"{name}={value!r}: calibrated quantization is not in this version. Legal: None "
-                "(round to nearest)"
-            )
-    weights, report = _find(model, config), Report()
-    chosen = [w for w in weights if w.decision.scheme is not None and _is_dense(w)]
+    if max_memory is not None:
+        raise ConfigError(f"max_memory={max_memory!r}: not in this version. Legal: None")
+    if resume_dir is not None and (calibration is None or not config.sequential):
+        raise ConfigError(f"resume_dir={resume_dir!r}: only calibration with sequential=True has stages")
+    reached: dict[int, Linear] = {}
+    if calibration is not None:
+        reached = calibrate(
+            model, calibration, config, device=device, progress=progress, resume_dir=resume_dir
+        )
+    weights = [*_modules(model, config, reached), *_bare(model, reached)]
+    chosen, report = [w for w in weights if w.chosen], Report()
     for weight in with_progress(chosen, "checking weights", show=progress):
-        check_finite(weight.dense, weight.name)
-    replaced: dict[tuple[int, bool], QuantizedParameter] = {}
+        check_finite(weight.parameter, weight.name)
+    made: dict[tuple[int, bool], QuantizedParameter] = {}
     for weight in with_progress(chosen, "quantizing", show=progress):
-        _replace(weight, replaced, device)
+        _make(weight, made, device)
+    for weight in chosen:
+        setattr(weight.module, weight.leaf, made[_same(weight)])
     _untie(model, chosen)
     for weight in weights:
         if weight.decision.scheme is None:
-            leave_dense(weight.module, "weight", f"left dense by quantize: {weight.decision.reason}")
-        report.add(weight.name, weight.kind, weight.dense, weight.decision)
-    _report_others(model, weights, report)
+            reason = f"left dense by quantize: {weight.decision.reason}"
+            leave_dense(weight.module, weight.leaf, reason)
+        measured = weight.calibrated.measured if weight.calibrated else None
+        report.add(weight.name, weight.kind, weight.parameter, weight.decision, measured)
+    _report_others(model, weights, reached, report)
     report.note_unused(config, {weight.decision.rule for weight in weights})
+    if calibration is None and config.calibration_settings:
+        report.notes.append(f"without effect without calibration: {', '.join(config.calibration_settings)}")
     return report
 
 
-def _is_dense(weight: _Weight) -> bool:
-    return not isinstance(weight.dense, QuantizedParameter)
-
-
-def _find(model: nn.Module, config: GPTQConfig) -> list[_Weight]:
+def _modules(model: nn.Module, config: GPTQConfig, reached: dict[int, Linear]) -> list[_Weight]:
     """Every module that is a linear, with the decision on it; modules that share a weight share it."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found: list[_Weight] = []
@@ -102,16 +120,58 @@ def _find(model: nn.Module, config: GPTQConfig) -> list[_Weight]:
         weight = module.weight
         if not isinstance(weight, Tensor) or weight.is_meta:
             continue
-        kind = _kind(model, name, id(weight) in tables)
+        linear = reached.get(id(weight))
+        known = linear is not None and not linear.refused
+        kind = linear.kind if known and linear else _kind(model, name, id(weight) in tables)
         twin = first.get((id(weight), kind))
-        if twin is None:
-            decision = decide(weight, name, kind, config, transposed=transposed, explicit=True)
-        else:
+        calibrated = linear.quantized if linear else None
+        if twin is not None:
             shared = "; ".join(filter(None, [f"shares the weight of {twin.name}", twin.decision.reason]))
             decision = replace(twin.decision, reason=shared)
-        found.append(_Weight(name, kind, module, transposed, decision))
+        elif known and linear:
+            decision = _calibrated_decision(linear)
+        else:
+            decision = decide(weight, name, kind, config, transposed=transposed, explicit=True)
+            if reached and decision.scheme is not None and not isinstance(weight, QuantizedParameter):
+                unreached = "rounded to nearest: no calibration input reached it"
+                decision = replace(decision, reason="; ".join(filter(None, [unreached, decision.reason])))
+        found.append(_Weight(name, kind, module, "weight", transposed, decision, calibrated))
         first.setdefault((id(weight), kind), found[-1])
     return found
+
+
+def _calibrated_decision(linear: Linear) -> Decision:
+    """The decision on a weight that calibration reached, with what there is to say of its inputs."""
+    if linear.quantized is None:
+        if linear.scheme is None or isinstance(linear.parameter, QuantizedParameter):
+            return linear.decision
+        return Decision(None, None, "the linears that share it do not want the same of it")
+    tokens, K = linear.quantized.measured.tokens, linear.dense.shape[1]
+    few = f"saw {tokens} tokens, fewer than its {K} input features" if tokens < K else ""
+    return replace(linear.decision, reason="; ".join(filter(None, [few, linear.decision.reason])))
+
+
+def _bare(model: nn.Module, reached: dict[int, Linear]) -> list[_Weight]:
+    """Weights that a graph multiplies by without a module that is a linear, such as x @ self.w."""
+    owners = {
+        (id(p), name): owner
+        for owner in model.modules()
+        for name, p in owner.named_parameters(recurse=False)
+        if not isinstance(owner, (nn.Linear, nn.Embedding, *_conv1d()))
+    }
+    return [
+        _Weight(
+            linear.name,
+            linear.kind,
+            owner,
+            leaf,
+            linear.transposed,
+            _calibrated_decision(linear),
+            linear.quantized,
+        )
+        for (key, leaf), owner in owners.items()
+        if (linear := reached.get(key)) is not None and not linear.refused
+    ]
 
 
 def _conv1d() -> tuple[type, ...]:
@@ -128,25 +188,32 @@ def _kind(model: nn.Module, name: str, tied: bool) -> str:
     return "router" if leaf == "router" or (leaf == "gate" and beside_experts) else "linear"
 
 
-def _replace(
+def _same(weight: _Weight) -> tuple[int, bool]:
+    return id(weight.parameter), weight.transposed
+
+
+def _make(
     weight: _Weight,
-    replaced: dict[tuple[int, bool], QuantizedParameter],
+    made: dict[tuple[int, bool], QuantizedParameter],
     device: torch.device | str | None,
 ) -> None:
-    """One dense weight, also where several modules share it (never an embedding's: that is untied)."""
-    key = (id(weight.dense), weight.transposed)
-    if key not in replaced:
-        scheme = weight.decision.scheme
-        assert scheme is not None
+    """One weight, also where several modules share it (never an embedding's: that is untied)."""
+    if _same(weight) in made:
+        return
+    scheme = weight.decision.scheme
+    assert scheme is not None
+    quantized, dense = weight.calibrated, weight.parameter
+    if quantized is not None:
+        packed = PackedWeight(quantized.weight, scheme, quantized.error)
+    else:
         with torch.no_grad():
-            dense = weight.dense.detach().to(device)
-            dense = dense.mT if weight.transposed else dense
-            rounded = round_to_nearest(dense, scheme, weight.name)
-            error = relative_error(dense, rounded)
-            packed = PackedWeight(rounded.to(weight.dense.device), scheme, error)
-        parameter = as_parameter(QuantizedParameter(packed, weight.name, weight.transposed))
-        replaced[key] = parameter
-    weight.module.weight = replaced[key]
+            matrix = dense.detach().to(device)
+            matrix = matrix.mT if weight.transposed else matrix
+            rounded = round_to_nearest(matrix, scheme, weight.name)
+            error = relative_error(matrix, rounded)
+            packed = PackedWeight(rounded.to(dense.device), scheme, error)
+    parameter = QuantizedParameter(packed, weight.name, weight.transposed)
+    made[_same(weight)] = as_parameter(parameter)
 
 
 def _untie(model: nn.Module, chosen: list[_Weight]) -> None:
@@ -156,10 +223,12 @@ def _untie(model: nn.Module, chosen: list[_Weight]) -> None:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _report_others(model: nn.Module, weights: list[_Weight], report: Report) -> None:
-    """Every matrix that belongs to no linear module stays dense, here and when compiled later."""
+def _report_others(
+    model: nn.Module, weights: list[_Weight], reached: dict[int, Linear], report: Report
+) -> None:
+    """Every matrix that belongs to no linear stays dense, here and when compiled later."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    known = {id(weight.dense) for weight in weights}
+    known = {id(weight.parameter) for weight in weights}
     for key, names in names_by_id(model).items():
         parameter = model.get_parameter(names[0])
         if key in known or parameter.ndim < 2 or not parameter.is_floating_point():
@@ -168,6 +237,10 @@ def _report_others(model: nn.Module, weights: list[_Weight], report: Report) -> 
         if key in tables:
             kind, reason = "embedding", "embedding tables are looked up, not multiplied"
         else:
+            if key in reached and reached[key].refused:
+                kind, reason = reached[key].kind, reached[key].decision.reason
+            elif reached:
+                reason = "no calibration input reached it"
             owner, _, leaf = names[0].rpartition(".")
             leave_dense(model.get_submodule(owner), leaf, f"left dense by quantize: {reason}")
         report.add(names[0].removesuffix(".weight"), kind, parameter, Decision(None, None, reason))

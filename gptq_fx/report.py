@@ -15,6 +15,7 @@ from torch import Tensor
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision
 from gptq_fx.kernels import LinearSpec
+from gptq_fx.linear import Measured
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Rule, Scheme
 from gptq_fx.weight import packed_rows
@@ -25,6 +26,7 @@ class SiteRecord:
     """One weight. scheme None: it stays dense. error: ||W - W_quantized|| / ||W||, where known.
 
     dense_bytes, bytes: of the weight before and after. quantized: it is stored so already.
+    loss, tokens, damp, seconds: of its calibration (see Measured), None where it had none.
     """
 
     name: str
@@ -37,6 +39,10 @@ class SiteRecord:
     bytes: int
     quantized: bool
     error: float | None = None
+    loss: float | None = None
+    tokens: int | None = None
+    damp: float | None = None
+    seconds: float | None = None
 
 
 @dataclass
@@ -51,7 +57,9 @@ class Report:
     unused_rules: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, name: str, kind: str, weight: Tensor, decision: Decision) -> None:
+    def add(
+        self, name: str, kind: str, weight: Tensor, decision: Decision, measured: Measured | None = None
+    ) -> None:
         """Record the decision on a weight, quantized already or not."""
         dense = weight.numel() * weight.element_size()
         quantized = isinstance(weight, QuantizedParameter)
@@ -72,6 +80,7 @@ class Report:
                 bytes=stored,
                 quantized=quantized,
                 error=weight.packed.error if isinstance(weight, QuantizedParameter) else None,
+                **(asdict(measured) if measured else {}),
             )
         )
 
@@ -93,14 +102,16 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
+        calibrated = any(s.loss is not None for s in self.sites)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("site", "kind", "shape", "scheme", "kernel"):
             table.add_column(column, overflow="fold")
-        for column in ("error", "bytes", "of dense"):
+        for column in ("error", "bytes", "of dense", *(CALIBRATED if calibrated else ())):
             table.add_column(column, justify="right")
         table.add_column("why", overflow="fold")
         for name, group in _grouped(self.sites):
-            table.add_row(*_row(name, group))
+            *row, why = _row(name, group)
+            table.add_row(*row, *(_calibration(group) if calibrated else ()), why)
         text = io.StringIO()
         Console(file=text, width=160, force_terminal=False).print(table)
         lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
@@ -165,6 +176,22 @@ def _row(name: str, group: list[SiteRecord]) -> tuple[str, ...]:
         _mib(now),
         f"{now / dense:.3f}" if site.scheme and dense else "",
         site.reason,
+    )
+
+
+CALIBRATED = ("loss", "tokens", "damp", "seconds")
+
+
+def _calibration(group: list[SiteRecord]) -> tuple[str, ...]:
+    """The worst loss, the fewest tokens and the most damping of a group, and all its seconds."""
+    measured = [s for s in group if s.loss is not None]
+    if not measured:
+        return ("",) * len(CALIBRATED)
+    return (
+        f"{max(s.loss or 0.0 for s in measured):.2e}",
+        f"{min(s.tokens or 0 for s in measured)}",
+        f"{max(s.damp or 0.0 for s in measured):.2f}",
+        f"{sum(s.seconds or 0.0 for s in measured):.1f}",
     )
 
 

@@ -13,14 +13,7 @@ from gptq_fx.kernels import LinearSpec, get_kernel
 from gptq_fx.packed import can_merge, merged_spec
 from gptq_fx.passes.plan import Operand, Plan
 from gptq_fx.passes.swap import canonical_examples
-
-# Operators of Python that write to their first operand.
-IN_PLACE = {
-    "setitem",
-    "delitem",
-    *(f"i{n}" for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")),
-}
-IN_PLACE |= {"iand", "ior", "ixor", "ilshift", "irshift", "imatmul"}
+from gptq_fx.passes.writes import writes_before
 
 
 def fuse(gm: fx.GraphModule, plan: Plan) -> int:
@@ -29,7 +22,7 @@ def fuse(gm: fx.GraphModule, plan: Plan) -> int:
     y = gptq::linear(x, [Wq; Wk; ...]); q, k, ... = split(y); q = q + bq
     """
     groups: dict[object, list[Operand]] = {}
-    writes = _writes_before(gm)
+    writes = writes_before(gm)
     for operand in plan.operands:
         (site,) = operand.sites
         assert site.decision is not None
@@ -42,27 +35,6 @@ def fuse(gm: fx.GraphModule, plan: Plan) -> int:
     gone = {id(operand) for group in fused for operand in group}
     plan.operands = [o for o in plan.operands if id(o) not in gone] + merged
     return len(fused)
-
-
-def _writes_before(gm: fx.GraphModule) -> dict[fx.Node, int]:
-    """How many calls before each node write to a tensor in place."""
-    before, writes = {}, 0
-    for node in gm.graph.nodes:
-        before[node] = writes
-        writes += _writes(node)
-    return before
-
-
-def _writes(node: fx.Node) -> bool:
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in IN_PLACE
-    return node.op.startswith("call") and (
-        in_place_operator or (name.endswith("_") and not name.startswith("_")) or name == "__setitem__"
-    )
 
 
 def _spec(operand: Operand, plan: Plan) -> LinearSpec:

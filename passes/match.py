@@ -63,7 +63,7 @@ def _linear_at(node: fx.Node, weights: dict[fx.Node, None]) -> Site | None:
     spelled = read(node)
     if spelled is None or not isinstance(spelled.x, fx.Node):
         return None
-    weight, flipped = _through_transposes(spelled.weight)
+    weight, flipped = through_transposes(spelled.weight)
     if weight not in weights or spelled.x in weights:
         return None
     assert weight is not None
@@ -87,7 +87,7 @@ def _is_bias(bias: Any) -> bool:
     return isinstance(example, Tensor) and example.ndim == 1
 
 
-def _through_transposes(node: Any) -> tuple[fx.Node | None, bool]:
+def through_transposes(node: Any) -> tuple[fx.Node | None, bool]:
     """The node behind calls that swap two dimensions, and whether their number is odd."""
     flipped = False
     name: Any
@@ -164,7 +164,7 @@ def _routes(node: fx.Node) -> bool:
     for _ in range(ROUTER_STEPS):
         step = [user for n in front for user in n.users if user not in seen]
         for user in step:
-            if _call_name(user) == "topk":
+            if call_name(user) == "topk":
                 return True
         front = [u for u in step if u.op != "output" and u.target not in spelling.LINEAR]
         front = [u for u in front if len(u.users) <= 8]
@@ -178,7 +178,7 @@ def _other_use(weight: fx.Node, value: Tensor) -> tuple[str, str]:
     for call in calls:
         if call.target in OTHER_USES:
             return OTHER_USES[call.target]
-    names = sorted({_call_name(call) for call in calls})
+    names = sorted({call_name(call) for call in calls})
     if value.ndim == 3 and any(part in name for name in names for part in STACKED_CALLS):
         return "grouped_linear", f"experts in one stack (used by {', '.join(names)}) are not quantized yet"
     if not names:
@@ -188,10 +188,10 @@ def _other_use(weight: fx.Node, value: Tensor) -> tuple[str, str]:
 
 def _through_views(call: fx.Node) -> fx.Node:
     """The first call behind transposes, and behind the lookup of some experts out of a stack."""
-    while len(call.users) == 1 and _call_name(call) in (*spelling.TRANSPOSES, "getattr", "getitem"):
+    while len(call.users) == 1 and call_name(call) in (*spelling.TRANSPOSES, "getattr", "getitem"):
         call = next(iter(call.users))
     return call
 
 
-def _call_name(call: fx.Node) -> str:
+def call_name(call: fx.Node) -> str:
     return call.target if isinstance(call.target, str) else getattr(call.target, "__name__", str(call.target))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gptq_fx.backend import make_plan
+from gptq_fx.names import running_module
 from gptq_fx.options import Options
 from gptq_fx.passes import PIPELINE, Plan
 from gptq_fx.passes.capture import capture
@@ -54,7 +55,10 @@ def after(last: str, model: nn.Module, *inputs: Tensor, **options: Any) -> Stage
 
 def run_passes(last: str, gm: fx.GraphModule, values: list[Any], **options: Any) -> Stage:
     graph, values = capture(gm, values)
-    plan = make_plan(graph, values, Options.parse(options, None))
+    parsed = Options.parse(options, None)
+    plan = make_plan(
+        graph, values, parsed.config, kernel=parsed.kernel, explicit=parsed.explicit, root=running_module()
+    )
     for step in PIPELINE:
         before = calls(graph)
         changes = step(graph, plan)

@@ -43,7 +43,20 @@ def test_generate(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(checkpoint / "cache"))
     generate = importlib.import_module("generate")
-    generate.main(["--model", str(checkpoint), "--new-tokens", "4", "--windows", "1", "--prompt", "sky"])
+    generate.main(
+        [
+            "--model",
+            str(checkpoint),
+            "--new-tokens",
+            "4",
+            "--windows",
+            "1",
+            "--calibration",
+            "1",
+            "--prompt",
+            "sky",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "7 of" in printed  # of the report: every linear of one layer
     assert "lm_head" in printed

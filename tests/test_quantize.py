@@ -329,13 +329,24 @@ def test_a_kernel_refusal_is_complete_and_the_model_left_as_it_was(monkeypatch):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("argument", ["calibration", "resume_dir", "max_memory"])
-def test_what_this_version_has_not_got_is_refused(argument):
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("max_memory", "not in this version. Legal: None"),
+        ("resume_dir", "only calibration with sequential=True has stages"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(argument, message):
     model = nn.Sequential(nn.Linear(64, 64))
     before = snapshot(model)
-    with pytest.raises(ConfigError, match=f"{argument}=.*not in this version. Legal: None"):
+    with pytest.raises(ConfigError, match=f"{argument}=.*{message}"):
         gptq_fx.quantize(model, **{argument: "text"}, progress=False)
     assert snapshot(model) == before
+
+
+def test_settings_of_calibration_without_calibration_are_noted():
+    report = quantize(nn.Sequential(nn.Linear(64, 64)), damp_percent=0.1)
+    assert report.notes == ["without effect without calibration: damp_percent=0.1"]
 
 
 def test_progress_can_be_turned_off(capsys):

@@ -26,6 +26,12 @@ def cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{cpu()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def installed(package: str) -> str:
     try:
         return f"{package} {version(package)}"
@@ -34,15 +40,24 @@ def installed(package: str) -> str:
 
 
 def conditions(title: str) -> str:
-    packages = map(installed, ("torch", "transformers", "torchao", "gptq-fx"))
+    packages = map(installed, ("torch", "transformers", "torchao", "gptqmodel", "gptq-fx"))
     facts = {
         "date": datetime.date.today().isoformat(),
-        "CPU": f"{cpu()}, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "versions": ", ".join((f"Python {platform.python_version()}", *packages)),
-        "command": f"`python {shlex.join(sys.argv)}`",
+        "command": f"`python {shlex.join(_without_out(sys.argv))}`",
     }
     return "\n".join((f"# {title}", "", *(f"* {key}: {value}" for key, value in facts.items())))
+
+
+def _without_out(argv: Sequence[str]) -> list[str]:
+    """Where the table went does not matter to who reads it."""
+    kept = list(argv)
+    if "--out" in kept:
+        place = kept.index("--out")
+        del kept[place : place + 2]
+    return kept
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

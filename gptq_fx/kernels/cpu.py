@@ -22,7 +22,7 @@ from gptq_fx.ops import define, define_opaque
 from gptq_fx.weight import QuantizedWeight
 
 # Rows up to which aten's kernel is the faster one; examples/benchmarks/cpu_rows.py prints the table.
-FEW_ROWS = 40
+FEW_ROWS = 28
 GROUP_SIZES = (256, 128, 64, 32)
 CHUNK = 2**20  # numbers dequantized at a time: 2 MiB of bf16, which stay in cache
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,13 @@ static inline float to_float(uint16_t value) {{
 
 // packed [blocks][K][{half}], scales_mins bf16 [K / group][stride][2] -> out bf16 [K][blocks * 2 * {half}]
 extern "C" void dequantize(const uint8_t* packed, const uint16_t* scales_mins, uint16_t* out,
-                           int64_t blocks, int64_t K, int64_t group, int64_t stride) {{
+                           int64_t blocks, int64_t K, int64_t group, int64_t stride, int threads) {{
     constexpr int64_t half = {half}, block = 2 * half;
-    static thread_local std::vector<float> scales, mins;
-    scales.resize(blocks * block);
-    mins.resize(blocks * block);
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t start = 0; start < K; start += group) {{
+        static thread_local std::vector<float> scales, mins;
+        scales.resize(blocks * block);
+        mins.resize(blocks * block);
         const uint16_t* grid = scales_mins + 2 * (start / group * stride);
         for (int64_t n = 0; n < blocks * block; ++n) {{
             scales[n] = to_float(grid[2 * n]);
@@ -71,7 +73,7 @@ def _compiled(block: int) -> ctypes.CDLL | None:
         from torch._inductor.codecache import CppCodeCache
 
         library = CppCodeCache.load(SOURCE.format(half=block // 2))
-        library.dequantize.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+        library.dequantize.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_int]
         library.dequantize.restype = None
     except Exception as error:  # no compiler, a read-only cache, another Inductor
         log.warning("cpu_int4 dequantizes by plain torch, which is slower for many rows: %s", error)
@@ -100,5 +102,6 @@ def dequantize_blocks(packed: Tensor, scales_mins: Tensor, out: Tensor, block: i
         K,
         K // scales_mins.shape[0],
         scales_mins.stride(0) // 2,
+        torch.get_num_threads(),
     )
     return True

@@ -1,0 +1,138 @@
+"""Calibration batches: checked, and turned into runs of the graphs that Dynamo makes of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+
+from gptq_fx.errors import CalibrationError
+from gptq_fx.observe import observe
+from gptq_fx.passes.calibrate import Run, StagedGraph
+
+Batch = Mapping[str, Any]
+# The staged form of a graph, made at its first call.
+Staged = Callable[[fx.GraphModule, tuple[Any, ...]], StagedGraph]
+
+
+def check_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
+    """The batches, each of which must be a mapping of arguments that the model's forward knows."""
+    if isinstance(batches, (Mapping, str, Tensor)) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration: found one {type(batches).__name__}. Legal: a list, or another iterable, of "
+            "dicts of model inputs"
+        )
+    checked = list(batches)
+    if not checked:
+        raise CalibrationError("calibration: found no batches. Legal: at least one, or calibration=None")
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for i, batch in enumerate(checked):
+        _check(i, batch, named, takes_any, _device(model))
+    return checked
+
+
+def _check(i: int, batch: Any, named: list[str], takes_any: bool, device: torch.device | None) -> None:
+    if not isinstance(batch, Mapping) or not batch:
+        raise CalibrationError(f"batch {i}: found {type(batch).__name__}. Legal: a dict of model inputs")
+    wrong = [key for key in batch if key not in named]
+    if wrong and (not takes_any or len(wrong) == len(batch)):
+        raise CalibrationError(
+            f"batch {i}: the model's forward takes no {', '.join(map(repr, wrong))}. "
+            f"Legal: {', '.join(named)}"
+        )
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and device is not None and value.device != device:
+            raise CalibrationError(f"batch {i}: {key} is on {value.device}. Legal: {device}, as the model")
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    """Where the model is, if that is one place."""
+    devices = {p.device for p in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
+
+
+@contextlib.contextmanager
+def for_calibration(model: nn.Module) -> Iterator[None]:
+    """No dropout, no gradients, no caches of keys and values; all as before afterwards."""
+    training = [m for m in model.modules() if m.training]
+    caching = [c for c in _configs(model) if getattr(c, "use_cache", False)]
+    with contextlib.ExitStack() as stack:
+        for module in training:
+            stack.enter_context(mock.patch.object(module, "training", False))
+        for config in caching:
+            stack.enter_context(mock.patch.object(config, "use_cache", False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The transformers configs of a model and its parts."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return list(configs.values())
+
+
+class _Recorded(Exception):
+    """Thrown when a graph is called: the values of its placeholders are all that is wanted."""
+
+    def __init__(self, gm: fx.GraphModule, values: tuple[Any, ...]) -> None:
+        self.gm, self.values = gm, values
+
+
+def record(model: nn.Module, batches: Sequence[Batch], staged: Staged) -> list[Run]:
+    """One run for each batch, at its start; batches of one signature share a graph.
+
+    Raises CalibrationError where the model is not one graph.
+    """
+    return [_record(model, batch, i, staged) for i, batch in enumerate(batches)]
+
+
+def _record(model: nn.Module, batch: Batch, i: int, staged: Staged) -> Run:
+    def stop(gm: fx.GraphModule, values: tuple[Any, ...]) -> Any:
+        raise _Recorded(gm, values)
+
+    try:
+        observe(model, (), batch, stop, fullgraph=True)
+    except _Recorded as call:
+        return staged(call.gm, call.values).start(call.values, i)
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+        raise CalibrationError(
+            f"batch {i}: the model is not one graph, as calibration in sequence needs: "
+            f"{_first_lines(error)}\nLegal: a model without the break; or GPTQConfig(sequential=False), "
+            "which observes all of its graphs in one pass"
+        ) from error
+    raise CalibrationError(f"batch {i}: Dynamo found no tensor code in the model's forward")
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    return "\n".join(lines[:12])
+
+
+def valid_rows(run: Run, x: fx.Node, batch: Batch) -> Tensor:
+    """The inputs [tokens, K] at a node, without the positions that an attention mask pads.
+
+    A mask [B, T] counts where the input has its positions; what comes from the inputs of a decoder goes
+    by `decoder_attention_mask`.
+    """
+    value = run.env[x]
+    assert isinstance(value, Tensor)
+    rows = value.reshape(-1, value.shape[-1])
+    mask = batch.get("decoder_attention_mask" if x in _decoder(run, batch) else "attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return rows
+    if value.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        return rows
+    return rows[mask.reshape(-1) != 0]
+
+
+def _decoder(run: Run, batch: Batch) -> frozenset[fx.Node]:
+    """The nodes that depend on the inputs of a decoder."""
+    inputs = {id(v) for k, v in batch.items() if k.startswith("decoder_") or k == "labels"}
+    return run.graph.descendants(tuple(n for n, v in run.inputs.items() if id(v) in inputs))

@@ -1,0 +1,302 @@
+"""Calibrated quantization: run batches through the graphs of a model, and hand its weights to GPTQ."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gptq_fx.backend import make_plan
+from gptq_fx.batches import Batch, check_batches, for_calibration, record, valid_rows
+from gptq_fx.config import GPTQConfig
+from gptq_fx.decide import Decision, decide
+from gptq_fx.errors import CalibrationError
+from gptq_fx.gptq import Hessian, Settings, gptq
+from gptq_fx.grid import check_finite, relative_error
+from gptq_fx.linear import Linear, Measured, Quantized
+from gptq_fx.names import names_by_id
+from gptq_fx.observe import observe
+from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.passes import run as run_passes
+from gptq_fx.passes.calibrate import Run, Stage, StagedGraph, Tap, WeightOf
+from gptq_fx.passes.capture import capture
+from gptq_fx.passes.match import match
+from gptq_fx.passes.plan import Site
+from gptq_fx.progress import bar
+from gptq_fx.resume import Store
+from gptq_fx.weight import QuantizedWeight
+
+# The linears of one stage, by the ids of their parameters: graphs of other shapes have the same.
+Key = tuple[int, ...]
+Take = Callable[[Key, Tensor], None]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: GPTQConfig,
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    resume_dir: str | None = None,
+) -> dict[int, Linear]:
+    """Quantize the linears that the batches reach. All weights of all graphs, by id of the parameter.
+
+    The model is not changed. Beside it this holds what is quantized so far, the Hessian and the dense
+    weights of one stage (all Hessians, if config.sequential is off), and the live activations of every
+    batch.
+    device: where Hessians are kept and weights are solved; None: where the weights are.
+    resume_dir: where finished stages are kept, and taken from.
+    Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight.
+    """
+    job = _Job(model, check_batches(model, batches), config, device, progress)
+    if resume_dir is not None and not config.sequential:
+        raise CalibrationError("resume_dir: without sequential there are no stages to resume from")
+    with for_calibration(model):
+        if config.sequential:
+            _in_sequence(job, Store(resume_dir, model, config, job.batches))
+        else:
+            _at_once(job)
+    return job.linears
+
+
+@dataclass
+class _Job:
+    """What both ways of calibration share: the batches, and the weights found so far."""
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    config: GPTQConfig
+    device: torch.device | str | None
+    progress: bool
+    linears: dict[int, Linear] = field(default_factory=dict)
+    graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
+    hessians: dict[Key, Hessian] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.settings = Settings(
+            c.damp_percent, c.act_group_aware, c.static_groups, c.scale_search, c.mse, c.gptaq
+        )
+        self.names = names_by_id(self.model)
+
+    def staged(self, gm: fx.GraphModule, inputs: tuple[Any, ...]) -> StagedGraph:
+        """The stages of a graph, found when it is first called."""
+        if gm not in self.graphs:
+            self.graphs[gm] = self._stage(gm, inputs)
+        return self.graphs[gm]
+
+    def _stage(self, gm: fx.GraphModule, inputs: tuple[Any, ...]) -> StagedGraph:
+        graph, values = capture(gm, inputs)
+        plan = make_plan(graph, values, self.config, root=self.model)
+        run_passes(graph, plan, [match])
+        found = {site: self.find(site, plan.tensor(site.weight)) for site in plan.sites}
+        if self.config.sequential:
+            return StagedGraph(graph, plan, lambda site: found[site].scheme)
+        # This graph may be called with the weights of other layers, for which rules say otherwise.
+        return StagedGraph(graph, plan, lambda site: None if site.refusal else "linear")
+
+    def find(self, site: Site, weight: Tensor) -> Linear:
+        """The record of a weight; that of a linear if it is one in any graph."""
+        found = self.linears.get(id(weight))
+        if found is None or (found.refused and not site.refusal):
+            name, decision = self._name(site, weight), self._decide(site, weight)
+            found = Linear(weight, name, site.kind, site.transposed, decision, bool(site.refusal))
+            self.linears[id(weight)] = found
+        return found
+
+    def _name(self, site: Site, weight: Tensor) -> str:
+        paths = [path.removesuffix(".weight") for path in self.names.get(id(weight), (site.name,))]
+        return next((path for path in paths if path.endswith(site.name)), paths[0])
+
+    def _decide(self, site: Site, weight: Tensor) -> Decision:
+        if site.refusal:
+            return Decision(None, None, site.refusal)
+        name = self._name(site, weight)
+        decision = decide(
+            weight, name, site.kind, self.config, transposed=site.transposed, explicit=True, calibrated=True
+        )
+        if decision.scheme is not None and not isinstance(weight, QuantizedParameter):
+            check_finite(weight, name)
+        return decision
+
+    def tap(self, take: Take) -> Tap:
+        """Take what reaches linears whose weights are still to be quantized."""
+
+        def see(run: Run, stage: Stage, x: fx.Node) -> None:
+            pairs = zip(stage.sites, run.weights(stage), strict=True)
+            linears = [self.find(site, weight) for site, weight in pairs]
+            key = tuple(id(linear.parameter) for linear in linears if linear.waiting)
+            if key:
+                take(key, valid_rows(run, x, self.batches[run.index]))
+
+        return see
+
+    def add(self, key: Key, index: int, x: Tensor, original: Tensor | None = None) -> None:
+        """Add what the linears of a stage take in batch `index` to their Hessian."""
+        first = self.linears[key[0]]
+        if key not in self.hessians:
+            device = self.device or first.parameter.device
+            self.hessians[key] = Hessian(first.dense.shape[1], device)
+        try:
+            self.hessians[key].add(x, original)
+        except CalibrationError as error:
+            raise CalibrationError(f"{first.name}: {error}, in batch {index}") from None
+
+    def solve(self, key: Key, hessian: Hessian) -> list[Linear]:
+        """Quantize the weights of a stage; those of one scheme together."""
+        linears = [self.linears[i] for i in key]
+        groups: dict[object, list[Linear]] = {}
+        for linear in linears:
+            groups.setdefault((linear.scheme, linear.parameter.dtype), []).append(linear)
+        for group in groups.values():
+            _solve(group, hessian, self.settings)
+        return linears
+
+
+def _solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings) -> None:
+    """Rows of W do not know of each other: weights of one input are quantized as one, and cut apart."""
+    start = time.perf_counter()
+    device, scheme = hessian.matrix.device, linears[0].scheme
+    assert scheme is not None
+    dense = [linear.dense.to(device) for linear in linears]
+    solved = gptq(torch.cat(dense), hessian, scheme, settings, dense[0].dtype)
+    seconds = (time.perf_counter() - start) / len(linears)
+    first = 0
+    for linear, W in zip(linears, dense, strict=True):
+        part = slice(first, first := first + W.shape[0])
+        zeros = None if solved.zeros is None else solved.zeros[:, part]
+        weight = QuantizedWeight.from_codes(
+            solved.codes[:, part], solved.scales[:, part], zeros, scheme.bits, solved.g_idx
+        )
+        loss = float(solved.error[part].sum() / solved.energy[part].sum().clamp_min(1e-30))
+        measured = Measured(loss, hessian.tokens, solved.damp, seconds)
+        error = relative_error(W, weight)
+        linear.quantized = Quantized(weight.to(linear.parameter.device), error, measured)
+
+
+# --- stage by stage
+
+
+def _in_sequence(job: _Job, store: Store) -> None:
+    """Each stage is quantized on what the stages before it, quantized already, make of the batches."""
+    runs = record(job.model, job.batches, job.staged)
+    # With gptaq each batch also runs through the dense model.
+    originals = [run.again() for run in runs] if job.settings.gptaq else [None] * len(runs)
+    stages = {run.graph: {_key(run, stage): stage for stage in run.graph.stages} for run in runs}
+    order = _order([list(path) for path in stages.values()])
+    dense = _Dequantized(job.linears)
+    with bar(len(order) * len(runs), "calibrating", show=job.progress) as shown:
+        for number, key in enumerate(order):
+            linears = [job.linears[i] for i in key]
+            stored = store.load(number, linears)
+            for run, original in zip(runs, originals, strict=True):
+                if key in stages[run.graph]:
+                    _advance(job, run, original, stages[run.graph][key], dense)
+                shown.update()
+            dense.clear()
+            if not stored:
+                job.solve(key, job.hessians.pop(key))
+                store.save(number, linears)
+            shown.set_postfix_str(_losses(linears))
+
+
+def _advance(job: _Job, run: Run, original: Run | None, until: Stage, dense: WeightOf) -> None:
+    """Bring a batch to the end of a stage, and add to Hessians what linears took on the way."""
+    seen: list[tuple[Key, Tensor]] = []
+    run.graph.advance(run, until, job.tap(lambda key, x: seen.append((key, x))), dense)
+    before: list[Tensor] = []
+    if original is not None:
+        run.graph.advance(original, until, job.tap(lambda key, x: before.append(x)), lambda weight: weight)
+    for i, (key, x) in enumerate(seen):
+        job.add(key, run.index, x, before[i] if original is not None else None)
+
+
+def _key(run: Run, stage: Stage) -> Key:
+    return tuple(map(id, run.weights(stage)))
+
+
+def _losses(linears: Sequence[Linear]) -> str:
+    return ", ".join(f"{x.name} loss {x.quantized.measured.loss:.1e}" for x in linears[:1] if x.quantized)
+
+
+def _order(paths: Sequence[list[Key]]) -> list[Key]:
+    """The stages of all graphs, so that each comes behind those before it in every graph.
+
+    Graphs differ with the shapes of their inputs, and with what those leave out.
+    """
+    order: list[Key] = []
+    while any(paths):
+        heads = [path[0] for path in paths if path]
+        key = next((h for h in heads if all(h not in path[1:] for path in paths)), None)
+        if key is None:
+            raise CalibrationError(
+                "the batches run through the linears of the model in different orders. "
+                "Legal: GPTQConfig(sequential=False), which needs no order"
+            )
+        order.append(key)
+        paths = [path[1:] if path[:1] == [key] else path for path in paths]
+    return order
+
+
+class _Dequantized:
+    """parameter -> what its linear multiplies by now: quantized and dequantized, where it is so far.
+
+    Kept while the batches pass it.
+    """
+
+    def __init__(self, linears: dict[int, Linear]) -> None:
+        self.linears = linears
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, parameter: Tensor) -> Tensor:
+        linear = self.linears[id(parameter)]
+        if linear.quantized is None:
+            return parameter
+        if id(parameter) not in self.kept:
+            dense = linear.quantized.weight.dequantize()
+            self.kept[id(parameter)] = dense.mT if linear.transposed else dense
+        return self.kept[id(parameter)]
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+
+# --- all at once
+
+
+def _at_once(job: _Job) -> None:
+    """Every linear is quantized on what the dense model makes of the batches, whatever graphs it has."""
+    with bar(len(job.batches), "observing", show=job.progress) as shown:
+        for index, batch in enumerate(job.batches):
+
+            def take(key: Key, x: Tensor, index: int = index) -> None:
+                job.add(key, index, x)
+
+            def run(gm: fx.GraphModule, args: tuple[Any, ...], take: Take = take, index: int = index) -> Any:
+                graph = job.staged(gm, args)
+                return graph.advance(graph.start(args, index), None, job.tap(take), lambda weight: weight)
+
+            observe(job.model, (), batch, run)
+            shown.update()
+    stages = _disjoint(job.hessians)
+    with bar(len(stages), "quantizing", show=job.progress) as shown:
+        for key, hessian in stages.items():
+            shown.set_postfix_str(_losses(job.solve(key, hessian)))
+            shown.update()
+
+
+def _disjoint(hessians: dict[Key, Hessian]) -> dict[Key, Hessian]:
+    """Each weight in one stage: one that took several inputs gets the sum of their Hessians."""
+    inputs: dict[int, list[Key]] = {}
+    for key in hessians:
+        for weight in key:
+            inputs.setdefault(weight, []).append(key)
+    stages: dict[tuple[Key, ...], Key] = {}
+    for weight, keys in inputs.items():
+        stages[tuple(keys)] = (*stages.get(tuple(keys), ()), weight)
+    return {weights: Hessian.sum([hessians[key] for key in keys]) for keys, weights in stages.items()}

@@ -1,0 +1,64 @@
+"""A linear of the model, as calibration finds it and leaves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gptq_fx.decide import Decision
+from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.scheme import Scheme
+from gptq_fx.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What calibration says of one weight.
+
+    loss: ||X (W - Wq)^T||^2 / ||X W^T||^2 over the calibration tokens, the relative error of the output.
+    tokens: how many inputs it saw. damp: the damp_percent it took. seconds: its part of its stage.
+    """
+
+    loss: float
+    tokens: int
+    damp: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A weight after GPTQ. error: ||W - Wq|| / ||W||."""
+
+    weight: QuantizedWeight
+    error: float
+    measured: Measured
+
+
+@dataclass(eq=False)
+class Linear:
+    """A weight of the model that is, or (refused) could be taken for, a linear's. name: of its site."""
+
+    parameter: Tensor
+    name: str
+    kind: str
+    transposed: bool
+    decision: Decision
+    refused: bool = False
+    quantized: Quantized | None = None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return self.decision.scheme
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is to be quantized, and is not yet."""
+        dense = not isinstance(self.parameter, QuantizedParameter)
+        return dense and self.scheme is not None and self.quantized is None
+
+    @property
+    def dense(self) -> Tensor:
+        """[N, K]"""
+        weight = self.parameter.detach()
+        return weight.mT if self.transposed else weight
