@@ -146,10 +146,8 @@ def _agreeing(plan: Plan, wanted: Wanted) -> dict[fx.Node, list[Site]]:
 def _reader(gm: fx.GraphModule, site: Site) -> fx.Node:
     """The node that reads the weight for this linear; transposes between are made its own."""
     assert site.node is not None
-    spelled = read(site.node)
-    assert spelled is not None
     chain: list[fx.Node] = []
-    node: Any = spelled.weight
+    node: Any = _weight(site)
     while node is not site.weight:
         chain.append(node)
         node = node.args[0]
@@ -169,6 +167,18 @@ def _reader(gm: fx.GraphModule, site: Site) -> fx.Node:
     return copies[1]
 
 
+def _weight(site: Site) -> fx.Node:
+    """What the call multiplies by: the weight, or transposes and picked experts of it."""
+    assert site.node is not None
+    if site.experts is None:
+        spelled = read(site.node)
+        assert spelled is not None and isinstance(spelled.weight, fx.Node)
+        return spelled.weight
+    others = [n for n in site.node.all_input_nodes if n not in (site.experts.x, site.experts.which)]
+    (weight,) = others
+    return weight
+
+
 def _stages(
     gm: fx.GraphModule, linears: dict[fx.Node, list[Site]], reader: dict[Site, fx.Node]
 ) -> tuple[list[Stage], dict[fx.Node, tuple[Stage, fx.Node]]]:
@@ -177,7 +187,7 @@ def _stages(
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     by_inputs: dict[object, list[list[Site]]] = {}
     for sites in linears.values():
-        same = tuple((_origin(_x(site)), writes[site.node]) for site in sites if site.node)
+        same = tuple((_origin(_x(site)), site.experts, writes[site.node]) for site in sites if site.node)
         by_inputs.setdefault(same, []).append(sites)
     stages, inputs_at = [], {}
     for group in by_inputs.values():
@@ -190,6 +200,8 @@ def _stages(
 
 
 def _x(site: Site) -> fx.Node:
+    if site.experts is not None:
+        return site.experts.x
     assert site.node is not None
     spelled = read(site.node)
     assert spelled is not None and isinstance(spelled.x, fx.Node)
