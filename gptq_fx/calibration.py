@@ -81,6 +81,7 @@ class _Job:
     linears: dict[int, Linear] = field(default_factory=dict)
     graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
     hessians: dict[Key, list[Hessian]] = field(default_factory=dict)
+    shareable: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         c = self.config
@@ -137,6 +138,8 @@ class _Job:
             linears = [self.find(site, weight) for site, weight in pairs]
             key = tuple(id(linear.parameter) for linear in linears if linear.waiting)
             call = stage.sites[0].experts
+            if stage.shareable:
+                self.shareable.update(key)
             if key and call is not None:
                 take(key, expert_rows(call, linears[0].dense.shape[0], run.env.__getitem__))
             elif key:
@@ -167,8 +170,9 @@ class _Job:
             groups.setdefault((linear.scheme, linear.parameter.dtype), []).append(linear)
         for group in groups.values():
             if group[0].dense.ndim == 3:
+                share = bool(self.config.route_all) and key[0] in self.shareable
                 for linear in group:
-                    _solve_experts(linear, hessians, self.settings, self.config)
+                    _solve_experts(linear, hessians, self.settings, self.config, share)
             else:
                 _solve(group, hessians[0], self.settings)
         return linears
@@ -196,9 +200,15 @@ def _solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings) -> N
 
 
 def _solve_experts(
-    linear: Linear, hessians: Sequence[Hessian], settings: Settings, config: GPTQConfig
+    linear: Linear, hessians: Sequence[Hessian], settings: Settings, config: GPTQConfig, share: bool
 ) -> None:
-    """Each expert on the tokens that were routed to it; one that saw too few is rounded to nearest."""
+    """Each expert on the tokens that were routed to it; one that saw too few is rounded to nearest.
+
+    share: each on the tokens of all. Every token comes as often as experts take it, so that the sum of
+    their Hessians is that of all tokens, but for a factor.
+    """
+    if share:
+        hessians = [Hessian.sum(hessians)] * len(hessians)
     start = time.perf_counter()
     scheme, device = linear.scheme, hessians[0].matrix.device
     assert scheme is not None
@@ -220,7 +230,8 @@ def _solve_experts(
         parts = [_with_g_idx(part) for part in parts]
     weight = QuantizedWeight.stack(parts)
     seconds = time.perf_counter() - start
-    measured = Measured(error / max(energy, 1e-30), sum(h.tokens for h in hessians), damp, seconds)
+    tokens = hessians[0].tokens if share else sum(h.tokens for h in hessians)
+    measured = Measured(error / max(energy, 1e-30), tokens, damp, seconds)
     note = ""
     if starved:
         named = ", ".join(map(str, starved))

@@ -279,10 +279,10 @@ def _experts(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     call = spelling.read_grouped(func, args, kwargs)
     if call is not None and isinstance(call.weight, cls) and not isinstance(call.x, cls):
         return call.weight.grouped(call.x, call.ends, call.transposed)  # type: ignore[attr-defined,no-any-return]
-    if func in BMM and len(args) == 2 and isinstance(args[1], cls) and args[1].ndim == args[0].ndim == 3:
-        x, weight = args[0], args[1]
+    if func in BMM and isinstance(args[1], QuantizedParameter) and args[1].ndim == args[0].ndim == 3:
+        x, weight = args
         ends = torch.arange(1, x.shape[0] + 1, device=x.device) * x.shape[1]
-        y = weight.grouped(x.reshape(-1, x.shape[-1]), ends, True)  # type: ignore[attr-defined]
+        y = weight.grouped(x.reshape(-1, x.shape[-1]), ends, True)
         return y.reshape(*x.shape[:2], y.shape[-1])  # type: ignore[no-any-return]
     if func is torch.Tensor.__getitem__ and args[0].ndim == 3 and isinstance(args[0], cls):
         ids = args[1] if isinstance(args[1], Tensor) else torch.as_tensor(args[1])

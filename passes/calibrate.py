@@ -31,10 +31,13 @@ class Stage:
 
     sites: in the order of the graph; the first one of a weight that several linears use.
     end: the node before which the last of the inputs is known.
+    shareable: its linears are experts, the first ones behind their routing: what one expert takes, others
+        might have taken.
     """
 
     sites: list[Site]
     end: fx.Node
+    shareable: bool = False
 
 
 @dataclass(eq=False)
@@ -196,7 +199,13 @@ def _stages(
         stage = Stage([sites[0] for sites in group], reader[firsts[-1]])
         stages.append(stage)
         inputs_at.update({reader[site]: (stage, _x(site)) for site in firsts})
-    return sorted(stages, key=lambda stage: position[stage.end]), inputs_at
+    stages.sort(key=lambda stage: position[stage.end])
+    routings: set[fx.Node | None] = {None}
+    for stage in stages:
+        call = stage.sites[0].experts
+        stage.shareable = call is not None and call.which not in routings
+        routings.add(call.which if call is not None else None)
+    return stages, inputs_at
 
 
 def _x(site: Site) -> fx.Node:

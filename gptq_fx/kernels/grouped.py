@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,22 @@ def grouped_linear(
     weights: the tensors of `kernel`, each with a leading dimension of experts. Rows behind the last end
     give zeros.
     """
-    op = get_kernel(kernel).op
-    out = x.new_zeros(x.shape[0], out_features)
+    run = _body(kernel)
+    parts: list[Tensor] = []
     start = 0
     for e, end in enumerate(ends.tolist()):
         if end > start:
-            part = (None if t is None else t[e] for t in weights)
-            out[start:end] = op(x[start:end], *part, None, *args)
-        start = end
-    return out
+            weight = [None if t is None else t[e] for t in weights]
+            parts.append(run(x[start:end], *weight, None, *args))
+            start = end
+    if start < x.shape[0] or not parts:
+        parts.append(x.new_zeros(x.shape[0] - start, out_features))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _body(kernel: str) -> Callable[..., Tensor]:
+    found = get_kernel(kernel)
+    return found.body or found.op
 
 
 @define_opaque(
@@ -45,13 +52,13 @@ def indexed_linear(
     x: Tensor, weights: Tensors, ids: Tensor, out_features: int, kernel: str, args: Sequence[int]
 ) -> Tensor:
     """x [S, K] -> [S, N]: row s times the weight of expert ids[s]."""
-    op = get_kernel(kernel).op
+    run = _body(kernel)
     out = x.new_empty(x.shape[0], out_features)
     order = ids.argsort(stable=True)
     hit, counts = torch.unique_consecutive(ids[order], return_counts=True)
     for e, rows in zip(hit.tolist(), order.split(counts.tolist()), strict=True):
-        part = (None if t is None else t[e] for t in weights)
-        out[rows] = op(x[rows], *part, None, *args)
+        weight = [None if t is None else t[e] for t in weights]
+        out[rows] = run(x[rows], *weight, None, *args)
     return out
 
 

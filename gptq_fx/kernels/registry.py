@@ -59,6 +59,7 @@ class Kernel:
     cut_at, cut: along N the layout can be cut at multiples of cut_at(spec);
         cut(tensors, spec, start, stop) gives views that are the pack of those rows.
     note: None, or what a user should know about how the kernel stores the spec.
+    body: the function behind op, or None: it costs less to call, where nothing traces.
     stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
     """
 
@@ -75,6 +76,7 @@ class Kernel:
     cut: Callable[[Tensors, LinearSpec, int, int], Tensors]
     note: Callable[[LinearSpec], str | None] = lambda spec: None
     stacks: bool = False
+    body: Callable[..., Tensor] | None = None
 
     def refuses(self, spec: LinearSpec) -> str | None:
         """Why this kernel cannot run `spec` here, or None."""
