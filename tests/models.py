@@ -284,12 +284,12 @@ def dequantized(
 ) -> nn.Module:
     """A dense copy in `dtype` that computes with the numbers of the quantized weights."""
     twin, _ = quantized(model, config, **settings)
-    for module in twin.modules():
-        weight = getattr(module, "weight", None)
+    for name, weight in list(twin.named_parameters(remove_duplicate=False)):
         if isinstance(weight, gptq_fx.QuantizedParameter):
             dense = weight.quantized_weight().dequantize(dtype)
             dense = dense.mT if weight.transposed else dense
-            module.weight = nn.Parameter(dense.contiguous(), requires_grad=False)
+            owner, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(owner), leaf, nn.Parameter(dense.contiguous(), requires_grad=False))
     return twin.to(dtype)
 
 

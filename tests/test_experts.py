@@ -293,15 +293,6 @@ def test_packing_experts_for_a_kernel_is_exact() -> None:
     assert torch.equal(back.zeros(), weight.zeros())
 
 
-@pytest.mark.parametrize("op", [grouped.grouped_linear, grouped.indexed_linear])
-def test_ops_are_registered_as_torch_wants_them(op: Any) -> None:
-    weight = round_to_nearest(torch.randn(3, 16, 32), Scheme(group_size=32))
-    packed = PackedWeight(weight, Scheme(group_size=32), None)
-    which = torch.tensor([2, 2, 5]) if op is grouped.grouped_linear else torch.tensor([2, 0, 0, 1, 2])
-    call = grouped.call(packed.kernel, packed.call_tensors(), which, packed.spec)
-    torch.library.opcheck(op, (torch.randn(5, 32), *call))
-
-
 # --- calibration
 
 

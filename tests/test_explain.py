@@ -108,11 +108,11 @@ def test_the_table_and_the_data() -> None:
     assert plain["sites"][0]["scheme"]["bits"] == 4
 
 
-def test_an_experts_stack_is_named_with_its_reason() -> None:
+def test_stacks_of_experts_have_a_record_each() -> None:
     report = explain(MODELS["mixtral"].build(), ids(), use_cache=False)
     experts = {s.name: s for s in report.sites if len(s.shape) == 3}
     assert len(experts) == 6
-    assert all(s.scheme is None and "not quantized yet" in s.reason for s in experts.values())
+    assert all(s.kind == "grouped_linear" and s.scheme is not None for s in experts.values())
     routers = [s for s in report.sites if s.kind == "router"]
     assert len(routers) == 3
     assert all(s.scheme is None for s in routers)

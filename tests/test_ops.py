@@ -5,10 +5,10 @@ import torch
 from tolerances import LINEAR, relative_error
 
 from gptq_fx import QuantizedWeight, Scheme
-from gptq_fx.kernels import LinearSpec, kernels
+from gptq_fx.kernels import LinearSpec, grouped, kernels
 from gptq_fx.ops import linear
 from gptq_fx.packed import PackedWeight
-from gptq_fx.parameter import handle_linear
+from gptq_fx.parameter import handle_experts, handle_grouped, handle_linear
 from gptq_fx.scheme import BITS
 
 K, N = 64, 32
@@ -41,6 +41,27 @@ def _handle_samples():
         yield torch.randn(*rows, K), KEPT.handle, torch.randn(N), N
 
 
+STACK = PackedWeight(QuantizedWeight.stack([make(), make(), make()]), Scheme(4, 32), None)
+
+
+def _grouped_samples():
+    ends = torch.tensor([2, 2, 5])
+    yield torch.randn(5, K), *grouped.call(STACK.kernel, STACK.call_tensors(), ends, STACK.spec)
+
+
+def _indexed_samples():
+    ids = torch.tensor([2, 0, 0, 1, 2])
+    yield torch.randn(5, K), *grouped.call(STACK.kernel, STACK.call_tensors(), ids, STACK.spec)
+
+
+def _handle_grouped_samples():
+    yield torch.randn(5, K), STACK.handle, torch.tensor([2, 2, 5]), N
+
+
+def _handle_experts_samples():
+    yield STACK.handle, torch.tensor([[2, 0], [0, 1]]), [N, K], torch.float32
+
+
 def _many_rows_samples():
     kernel = next(k for k in kernels() if k.name == "cpu_int4")
     for args in _kernel_samples(kernel):
@@ -51,6 +72,10 @@ def _many_rows_samples():
 SAMPLES = {
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
     "gptq::handle_linear": (handle_linear, _handle_samples),
+    "gptq::handle_grouped": (handle_grouped, _handle_grouped_samples),
+    "gptq::handle_experts": (handle_experts, _handle_experts_samples),
+    "gptq::grouped_linear": (grouped.grouped_linear, _grouped_samples),
+    "gptq::indexed_linear": (grouped.indexed_linear, _indexed_samples),
     "gptq::cpu_int4_many_rows": (torch.ops.gptq.cpu_int4_many_rows.default, _many_rows_samples),
 }
 OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gptq::"))
@@ -69,9 +94,10 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_schemas_hold_plain_types_only(name):
-    """Tensors, ints, floats, bools and strings: what every compiler and exporter can carry."""
+    """Tensors, ints, floats, bools, strings and lists of them: what compilers and exporters can carry."""
     schema = SAMPLES[name][0]._schema
-    plain = {"Tensor", "Optional[Tensor]", "int", "float", "bool", "str"}
+    plain = {"Tensor", "Optional[Tensor]", "List[Optional[Tensor]]", "int", "List[int]", "float", "bool"}
+    plain |= {"str"}
     assert {str(argument.type) for argument in schema.arguments} <= plain
     written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
     assert written == (["out"] if schema.is_mutable else [])

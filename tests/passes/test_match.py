@@ -107,8 +107,8 @@ NOT_LINEAR: dict[str, tuple[Function, tuple[int, ...], tuple[int, ...]]] = {
     "einsum of three": (lambda x, w, b: torch.einsum("ik,nk,n->in", x, w, b), (96, 64), (3, 64)),
     "activation by activation": (lambda x, w, b: x @ x.mT + w.sum(), (96, 64), (2, 3, 64)),
     "weight by weight": (lambda x, w, b: F.linear(w, w) + x.sum(), (96, 64), (3, 64)),
-    "bmm": (lambda x, w, b: torch.bmm(x, w), (2, 64, 96), (2, 3, 64)),
-    "matmul with a stack": (lambda x, w, b: x @ w, (2, 64, 96), (2, 3, 64)),
+    "stack on one row for all": (lambda x, w, b: x @ w, (2, 64, 96), (3, 64)),
+    "stack on the left": (lambda x, w, b: torch.bmm(w, x), (2, 96, 64), (2, 64, 3)),
     "scaled weight": (lambda x, w, b: F.linear(x, w * 2), (96, 64), (3, 64)),
     "cast weight": (lambda x, w, b: F.linear(x.double(), w.double()), (96, 64), (3, 64)),
     "part of a weight": (lambda x, w, b: F.linear(x, w[:32]), (96, 64), (3, 64)),
@@ -130,7 +130,7 @@ def test_what_is_no_linear_stays_dense_and_says_why(name: str) -> None:
 
 
 def test_a_linear_of_a_stack_is_reported_as_such() -> None:
-    stage = after("match", Call(NOT_LINEAR["bmm"][0], (2, 64, 96)), torch.randn(2, 3, 64))
+    stage = after("match", Call(NOT_LINEAR["stack on the left"][0], (2, 96, 64)), torch.randn(2, 64, 3))
     (site,) = stage.plan.sites
     assert site.kind == "grouped_linear"
     assert "bmm" in site.refusal

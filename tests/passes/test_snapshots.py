@@ -143,48 +143,66 @@ gptq.cpu_int4_linear(bf16[1, 3, 128], down.0 uint8[64, 64], down.1 bf16[1, 64, 2
 
 
 def test_experts_sorted_by_rows_after_swap() -> None:
-    assert_expected_inline(experts("swap", "mixtral", "grouped_mm"), """\
+    assert_expected_inline(
+        experts("swap", "mixtral", "grouped_mm"),
+        """\
 linear(f32[3, 64], f32[4, 64])
 gptq.grouped_linear(f32[6, 64], [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], int32[4], 256, reference, [4])
-gptq.grouped_linear(f32[6, 128], [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int32[4], 64, reference, [4])""")
+gptq.grouped_linear(f32[6, 128], [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int32[4], 64, reference, [4])""",
+    )
 
 
 def test_experts_sorted_by_rows_after_lower() -> None:
-    assert_expected_inline(experts("lower", "gpt_oss", "grouped_mm"), """\
+    assert_expected_inline(
+        experts("lower", "gpt_oss", "grouped_mm"),
+        """\
 linear(f32[3, 64], f32[4, 64], f32[4])
 gptq.grouped_linear(f32[6, 64], [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], int32[4], 256, reference, [4])
-gptq.grouped_linear(f32[6, 128], [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int32[4], 64, reference, [4])""")
+gptq.grouped_linear(f32[6, 128], [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int32[4], 64, reference, [4])""",
+    )
 
 
 def test_experts_picked_by_each_row_after_swap() -> None:
-    assert_expected_inline(experts("swap", "mixtral", "batched_mm"), """\
+    assert_expected_inline(
+        experts("swap", "mixtral", "batched_mm"),
+        """\
 linear(f32[3, 64], f32[4, 64])
 gptq.indexed_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], int64[6], 256, reference, [4])
-gptq.indexed_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int64[6], 64, reference, [4])""")
+gptq.indexed_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int64[6], 64, reference, [4])""",
+    )
 
 
 def test_experts_picked_by_each_row_after_lower() -> None:
-    assert_expected_inline(experts("lower", "gpt_oss", "batched_mm"), """\
+    assert_expected_inline(
+        experts("lower", "gpt_oss", "batched_mm"),
+        """\
 linear(f32[3, 64], f32[4, 64], f32[4])
 gptq.indexed_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], int64[6], 256, reference, [4])
-gptq.indexed_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int64[6], 64, reference, [4])""")
+gptq.indexed_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int64[6], 64, reference, [4])""",
+    )
 
 
 def test_experts_with_as_many_rows_each_after_swap() -> None:
-    assert_expected_inline(experts("swap", "llama4", None), """\
+    assert_expected_inline(
+        experts("swap", "llama4", None),
+        """\
 linear(f32[3, 64], f32[4, 64])
 gptq.grouped_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], y, 256, reference, [4])
 gptq.grouped_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], y, 64, reference, [4])
 gptq.linear(f32[3, 64], gate.0 int32[8, 128], gate.1 f32[1, 128], 4)
 gptq.linear(f32[3, 64], up.0 int32[8, 128], up.1 f32[1, 128], 4)
-gptq.linear(f32[3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""")
+gptq.linear(f32[3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
+    )
 
 
 def test_experts_with_as_many_rows_each_after_lower() -> None:
-    assert_expected_inline(experts("lower", "llama4", None), """\
+    assert_expected_inline(
+        experts("lower", "llama4", None),
+        """\
 linear(f32[3, 64], f32[4, 64])
 gptq.grouped_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], y, 256, reference, [4])
 gptq.grouped_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], y, 64, reference, [4])
 gptq.linear(f32[3, 64], gate|up.0 int32[8, 256], gate|up.1 f32[1, 256], 4)
 split(y, [128, 128], -1)
-gptq.linear(f32[3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""")
+gptq.linear(f32[3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
+    )
