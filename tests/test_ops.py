@@ -50,6 +50,8 @@ def _many_rows_samples():
 
 SAMPLES = {
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
+    # checked in kernels/test_ascend.py, where its op of torch_npu is emulated
+    "gptq::ascend_grouped_linear": (torch.ops.gptq.ascend_grouped_linear.default, lambda: ()),
     "gptq::handle_linear": (handle_linear, _handle_samples),
     "gptq::cpu_int4_many_rows": (torch.ops.gptq.cpu_int4_many_rows.default, _many_rows_samples),
 }
