@@ -216,7 +216,8 @@ def ascend_grouped_linear(x: Tensor, weight: Tensor, scales: Tensor, offsets: Te
         return x.new_empty(0, scales.shape[-1])
     # The op demands that the groups cover x: the last expert takes what is left, and it is blotted out.
     rows = torch.arange(x.shape[0], device=x.device)
-    covered = torch.cat([ends[:-1], ends.new_full((1,), x.shape[0])])
+    before_last, last = ends.narrow(0, 0, ends.shape[0] - 1), ends.select(0, -1)
+    covered = torch.cat([before_last, ends.new_full((1,), x.shape[0])])
     if scales.shape[-2] == 1:  # per output, the op wants [E, N]
         scales, offsets = scales.squeeze(-2), offsets.squeeze(-2)
     (y,) = torch.ops.npu.npu_grouped_matmul(
@@ -229,7 +230,7 @@ def ascend_grouped_linear(x: Tensor, weight: Tensor, scales: Tensor, offsets: Te
         group_type=0,  # groups of rows
         group_list_type=0,  # as cumulative sums
     )
-    return torch.where((rows < ends[-1]).unsqueeze(-1), y, 0)
+    return torch.where((rows < last).unsqueeze(-1), y, 0)
 
 
 ASCEND = register(
