@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The Ascend tests on the real torch_npu, without an NPU: its schemas and meta kernels, our emulation.
 # usage: run.sh FOLDER    FOLDER gets an environment of its own: torch does not start where torch_npu is
-#                         installed and CANN is not. Needs Linux, Python 3.10 to 3.13, cc, nm, readelf.
+#                         installed and CANN is not. Needs Linux, Python 3.10 to 3.13, cc, nm, readelf,
+#                         and a CPU build of torch: PIP_EXTRA_INDEX_URL tells pip where one is.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:?usage: run.sh FOLDER}
@@ -12,6 +13,8 @@ if [ ! -e "$folder/.ready" ]; then
     "${PYTHON:-python3}" -m venv "$folder/venv"
     pip="$folder/venv/bin/python -m pip install --disable-pip-version-check -q -c .ci/constraints.txt"
     $pip torch==2.13.0
+    "$folder/venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda and
+        "torch_npu does not start beside a CUDA build of torch: point PIP_EXTRA_INDEX_URL at CPU builds")'
     $pip torch-npu==2.13.0 numpy pyyaml expecttest pytest -e .
     "$folder/venv/bin/python" tests/npu_stub/make_stubs.py "$folder/stubs"
     touch "$folder/.ready"
