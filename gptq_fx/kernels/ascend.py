@@ -1,4 +1,4 @@
-"""Ascend NPUs: the ops of torch_npu that multiply by 4-bit and 8-bit integer weights.
+"""Ascend NPUs (Atlas A2 and A3): the ops of torch_npu that multiply by 4-bit and 8-bit integer weights.
 
     npu_weight_quant_batchmatmul:  y = x @ ((w + offset) * scale) + bias
     npu_grouped_matmul:            the same for each expert, on its rows of x

@@ -1,5 +1,6 @@
 """The Ascend kernel by emulation: what is asked of torch_npu, and what a right torch_npu answers."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import test_contract as contract
 import torch
 from tolerances import LINEAR, relative_error
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from gptq_fx import QuantizedWeight, Scheme, WeightError
@@ -322,6 +324,49 @@ def test_experts(bits, size, sym, dtype):
         )
         if ends[-1]:
             assert relative_error(y[: ends[-1]], expected) <= LINEAR[dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 4096])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_of_experts(tokens, bits, dtype):
+    """Routed as transformers' grouped form routes: rows sorted by expert; some experts have none."""
+    E, top = 8, 2
+    size = 32 if bits == 4 else -1
+    up_spec = make_spec(64, 2 * 96, bits, size, sym=False, dtype=dtype)
+    down_spec = make_spec(96, 64, bits, size, sym=False, dtype=dtype)
+    ups, downs = make(up_spec, E), make(down_spec, E)
+    x = torch.randn(tokens, 64).to(dtype)
+    ids = torch.rand(tokens, E - 2).topk(top).indices  # nothing for the last two
+    probs = torch.rand(tokens, top).to(dtype)
+
+    def swiglu(h):
+        gate, up = h.chunk(2, -1)
+        return nn.functional.silu(gate) * up
+
+    def routed(x, linears):
+        order = ids.flatten().argsort(stable=True)
+        ends = torch.bincount(ids.flatten(), minlength=E).cumsum(0).to(torch.int32)
+        y = x[order // top]
+        y = linears[1](swiglu(linears[0](y, ends)), ends)
+        back = torch.empty_like(y).index_copy(0, order, y).view(tokens, top, -1)
+        return (back * probs.unsqueeze(-1).to(back.dtype)).sum(1)
+
+    up, down = ascend.pack(ups, up_spec), ascend.pack(downs, down_spec)
+    found = routed(
+        x,
+        [
+            lambda x, ends: ascend_grouped_linear(x, *up[:3], ends),
+            lambda x, ends: ascend_grouped_linear(x, *down[:3], ends),
+        ],
+    )
+    W1, W2 = ups.dequantize(torch.float64), downs.dequantize(torch.float64)
+    expected = torch.zeros(tokens, 64, dtype=torch.float64)
+    for t, j in itertools.product(range(min(tokens, 50)), range(top)):
+        e = ids[t, j]
+        expected[t] += probs[t, j].double() * (W2[e] @ swiglu(W1[e] @ x[t].double()))
+    # two linears, one behind the other, and the rounding of what lies between them
+    assert relative_error(found[:50], expected[:50]) <= 2 * LINEAR[dtype]
 
 
 def test_no_rows_of_experts():
