@@ -1,6 +1,8 @@
 """The Ascend kernel in whole models: the graph that the inner backend gets, and its numbers by emulation."""
 
+import copy
 from dataclasses import replace
+from pathlib import Path
 
 import npu_emulation
 import pytest
@@ -15,6 +17,7 @@ import gptq_fx
 from gptq_fx import GPTQConfig, Scheme
 from gptq_fx.grid import round_to_nearest
 from gptq_fx.kernels import ascend, registry
+from gptq_fx.parameter import QuantizedParameter
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -185,3 +188,28 @@ def test_act_order_from_calibration(here):
     y = torch.compile(model, backend="gptq", options={"inner_backend": "eager", "kernel": "ascend"})(x)
     assert model.q.weight.packed.kernel is here
     assert relative_error(y, other(x)) <= 2 * LINEAR[torch.bfloat16]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "sym"), [(4, False), (8, True)])
+def test_perplexity_of_a_real_model(bits, sym, here, monkeypatch):
+    """SmolLM2-135M by emulation in fp16 against `reference` in fp32, on the same integers."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    import measure
+    import smollm2
+
+    folder = smollm2.checkpoint()
+    windows, _ = measure.windows(transformers.AutoTokenizer.from_pretrained(folder), 2, 1, length=256)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    gptq_fx.quantize(model, GPTQConfig(bits=bits, sym=sym, group_size=64), progress=False)
+    models = {"reference": copy.deepcopy(model).float(), "ascend": model}
+    found = {}
+    for kernel, model in models.items():
+        torch._dynamo.reset()
+        options = {"kernel": kernel, "inner_backend": "eager"}
+        model.forward = torch.compile(model.forward, backend="gptq", options=options)
+        found[kernel] = measure.perplexity(model, windows)
+        used = {p.packed.kernel.name for p in model.parameters() if isinstance(p, QuantizedParameter)}
+        assert used == {kernel}
+    assert abs(found["ascend"] / found["reference"] - 1) <= 1e-3, found
