@@ -60,7 +60,8 @@ def _device(model: nn.Module) -> torch.device | None:
 
 @contextlib.contextmanager
 def for_calibration(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradients, no caches of keys and values; all as before afterwards."""
+    """No dropout, no gradients, no caches of keys and values, and the experts of transformers' models in
+    one grouped call, not in a loop; all as before afterwards."""
     training = [m for m in model.modules() if m.training]
     caching = [c for c in _configs(model) if getattr(c, "use_cache", False)]
     with contextlib.ExitStack() as stack:
@@ -68,6 +69,11 @@ def for_calibration(model: nn.Module) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "training", False))
         for config in caching:
             stack.enter_context(mock.patch.object(config, "use_cache", False))
+        for config in _configs(model):
+            if getattr(config, "_experts_implementation", None) in ("eager", "batched_mm"):
+                stack.enter_context(
+                    mock.patch.object(config, "_experts_implementation_internal", "grouped_mm")
+                )
         stack.enter_context(torch.no_grad())
         yield
 

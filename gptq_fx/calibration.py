@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide
 from gptq_fx.errors import CalibrationError
 from gptq_fx.gptq import Hessian, Settings, gptq
-from gptq_fx.grid import check_finite, relative_error
+from gptq_fx.grid import check_finite, relative_error, round_to_nearest
 from gptq_fx.linear import Linear, Measured, Quantized
 from gptq_fx.names import names_by_id
 from gptq_fx.observe import observe
@@ -24,6 +24,7 @@ from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import run as run_passes
 from gptq_fx.passes.calibrate import Run, Stage, StagedGraph, Tap, WeightOf
 from gptq_fx.passes.capture import capture
+from gptq_fx.passes.experts import expert_rows
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
 from gptq_fx.progress import bar
@@ -32,7 +33,11 @@ from gptq_fx.weight import QuantizedWeight
 
 # The linears of one stage, by the ids of their parameters: graphs of other shapes have the same.
 Key = tuple[int, ...]
-Take = Callable[[Key, Tensor], None]
+# What linears took: one [tokens, K], or one for each expert.
+Rows = Sequence[Tensor]
+Take = Callable[[Key, Rows], None]
+# Tokens that an expert must have seen, where the config does not say: with fewer, rounding is as good.
+MIN_TOKENS = 1
 
 
 def calibrate(
@@ -75,7 +80,8 @@ class _Job:
     progress: bool
     linears: dict[int, Linear] = field(default_factory=dict)
     graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
-    hessians: dict[Key, Hessian] = field(default_factory=dict)
+    hessians: dict[Key, list[Hessian]] = field(default_factory=dict)
+    shareable: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         c = self.config
@@ -131,30 +137,44 @@ class _Job:
             pairs = zip(stage.sites, run.weights(stage), strict=True)
             linears = [self.find(site, weight) for site, weight in pairs]
             key = tuple(id(linear.parameter) for linear in linears if linear.waiting)
-            if key:
-                take(key, valid_rows(run, x, self.batches[run.index]))
+            call = stage.sites[0].experts
+            if stage.shareable:
+                self.shareable.update(key)
+            if key and call is not None:
+                take(key, expert_rows(call, linears[0].dense.shape[0], run.env.__getitem__))
+            elif key:
+                take(key, [valid_rows(run, x, self.batches[run.index])])
 
         return see
 
-    def add(self, key: Key, index: int, x: Tensor, original: Tensor | None = None) -> None:
-        """Add what the linears of a stage take in batch `index` to their Hessian."""
+    def add(self, key: Key, index: int, rows: Rows, originals: Rows | None = None) -> None:
+        """Add what the linears of a stage take in batch `index` to their Hessians."""
         first = self.linears[key[0]]
         if key not in self.hessians:
             device = self.device or first.parameter.device
-            self.hessians[key] = Hessian(first.dense.shape[1], device)
+            self.hessians[key] = [Hessian(first.dense.shape[-1], device) for _ in rows]
+        if first.dense.ndim == 3:
+            originals = None  # the dense model routes other tokens to the expert
         try:
-            self.hessians[key].add(x, original)
+            for i, (hessian, x) in enumerate(zip(self.hessians[key], rows, strict=True)):
+                if len(x):
+                    hessian.add(x, None if originals is None else originals[i])
         except CalibrationError as error:
             raise CalibrationError(f"{first.name}: {error}, in batch {index}") from None
 
-    def solve(self, key: Key, hessian: Hessian) -> list[Linear]:
+    def solve(self, key: Key, hessians: list[Hessian]) -> list[Linear]:
         """Quantize the weights of a stage; those of one scheme together."""
         linears = [self.linears[i] for i in key]
         groups: dict[object, list[Linear]] = {}
         for linear in linears:
             groups.setdefault((linear.scheme, linear.parameter.dtype), []).append(linear)
         for group in groups.values():
-            _solve(group, hessian, self.settings)
+            if group[0].dense.ndim == 3:
+                share = bool(self.config.route_all) and key[0] in self.shareable
+                for linear in group:
+                    _solve_experts(linear, hessians, self.settings, self.config, share)
+            else:
+                _solve(group, hessians[0], self.settings)
         return linears
 
 
@@ -177,6 +197,54 @@ def _solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings) -> N
         measured = Measured(loss, hessian.tokens, solved.damp, seconds)
         error = relative_error(W, weight)
         linear.quantized = Quantized(weight.to(linear.parameter.device), error, measured)
+
+
+def _solve_experts(
+    linear: Linear, hessians: Sequence[Hessian], settings: Settings, config: GPTQConfig, share: bool
+) -> None:
+    """Each expert on the tokens that were routed to it; one that saw too few is rounded to nearest.
+
+    share: each on the tokens of all. Every token comes as often as experts take it, so that the sum of
+    their Hessians is that of all tokens, but for a factor.
+    """
+    if share:
+        hessians = [Hessian.sum(hessians)] * len(hessians)
+    start = time.perf_counter()
+    scheme, device = linear.scheme, hessians[0].matrix.device
+    assert scheme is not None
+    least = config.min_tokens if config.min_tokens is not None else MIN_TOKENS
+    starved, parts, error, energy, damp = [], [], 0.0, 0.0, 0.0
+    for e, (W, hessian) in enumerate(zip(linear.dense, hessians, strict=True)):
+        if hessian.tokens < least:
+            starved.append(e)
+            parts.append(round_to_nearest(W, replace(scheme, desc_act=False), linear.name))
+            continue
+        solved = gptq(W.to(device), hessian, scheme, settings, W.dtype)
+        codes, scales, zeros = solved.codes, solved.scales, solved.zeros
+        part = QuantizedWeight.from_codes(codes, scales, zeros, scheme.bits, solved.g_idx)
+        parts.append(part.to(W.device))
+        error += float(solved.error.sum()) * hessian.tokens
+        energy += float(solved.energy.sum()) * hessian.tokens
+        damp = max(damp, solved.damp)
+    if scheme.desc_act:
+        parts = [_with_g_idx(part) for part in parts]
+    weight = QuantizedWeight.stack(parts)
+    seconds = time.perf_counter() - start
+    tokens = hessians[0].tokens if share else sum(h.tokens for h in hessians)
+    measured = Measured(error / max(energy, 1e-30), tokens, damp, seconds)
+    note = ""
+    if starved:
+        named = ", ".join(map(str, starved))
+        note = f"{len(starved)} of {len(parts)} experts saw fewer than {least} tokens: rounded: {named}"
+    linear.quantized = Quantized(weight, relative_error(linear.dense, weight), measured, note)
+
+
+def _with_g_idx(weight: QuantizedWeight) -> QuantizedWeight:
+    """Where one expert is in act-order, all are: a stack has one layout."""
+    if weight.g_idx is not None:
+        return weight
+    groups = torch.arange(weight.in_features, dtype=torch.int32, device=weight.scales.device)
+    return replace(weight, g_idx=groups // weight.group_size)
 
 
 # --- stage by stage
@@ -207,9 +275,9 @@ def _in_sequence(job: _Job, store: Store) -> None:
 
 def _advance(job: _Job, run: Run, original: Run | None, until: Stage, dense: WeightOf) -> None:
     """Bring a batch to the end of a stage, and add to Hessians what linears took on the way."""
-    seen: list[tuple[Key, Tensor]] = []
+    seen: list[tuple[Key, Rows]] = []
     run.graph.advance(run, until, job.tap(lambda key, x: seen.append((key, x))), dense)
-    before: list[Tensor] = []
+    before: list[Rows] = []
     if original is not None:
         run.graph.advance(original, until, job.tap(lambda key, x: before.append(x)), lambda weight: weight)
     for i, (key, x) in enumerate(seen):
@@ -274,7 +342,7 @@ def _at_once(job: _Job) -> None:
     with bar(len(job.batches), "observing", show=job.progress) as shown:
         for index, batch in enumerate(job.batches):
 
-            def take(key: Key, x: Tensor, index: int = index) -> None:
+            def take(key: Key, x: Rows, index: int = index) -> None:
                 job.add(key, index, x)
 
             def run(gm: fx.GraphModule, args: tuple[Any, ...], take: Take = take, index: int = index) -> Any:
@@ -285,12 +353,12 @@ def _at_once(job: _Job) -> None:
             shown.update()
     stages = _disjoint(job.hessians)
     with bar(len(stages), "quantizing", show=job.progress) as shown:
-        for key, hessian in stages.items():
-            shown.set_postfix_str(_losses(job.solve(key, hessian)))
+        for key, same in stages.items():
+            shown.set_postfix_str(_losses(job.solve(key, same)))
             shown.update()
 
 
-def _disjoint(hessians: dict[Key, Hessian]) -> dict[Key, Hessian]:
+def _disjoint(hessians: dict[Key, list[Hessian]]) -> dict[Key, list[Hessian]]:
     """Each weight in one stage: one that took several inputs gets the sum of their Hessians."""
     inputs: dict[int, list[Key]] = {}
     for key in hessians:
@@ -299,4 +367,7 @@ def _disjoint(hessians: dict[Key, Hessian]) -> dict[Key, Hessian]:
     stages: dict[tuple[Key, ...], Key] = {}
     for weight, keys in inputs.items():
         stages[tuple(keys)] = (*stages.get(tuple(keys), ()), weight)
-    return {weights: Hessian.sum([hessians[key] for key in keys]) for keys, weights in stages.items()}
+    return {
+        weights: [Hessian.sum(same) for same in zip(*(hessians[key] for key in keys), strict=True)]
+        for keys, weights in stages.items()
+    }

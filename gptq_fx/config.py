@@ -33,7 +33,8 @@ class GPTQConfig:
         algorithm (gptq_fx.gptq.Settings).
     sequential: calibrate stage by stage, each on what the quantized stages before it give; or all at
         once, on what the dense model gives, whatever graphs it has.
-    route_all, min_tokens: how experts are calibrated.
+    route_all: calibrate the first linear of every expert on the tokens of all experts of its layer.
+    min_tokens: experts that saw fewer are rounded to nearest.
     lm_head: quantize the output projection too; a tied one is untied, the embedding stays dense.
     dynamic: regex -> overrides of bits, group_size, sym, desc_act. A key "-:REGEX" leaves the sites
         dense; "+:REGEX" or a bare REGEX overrides. Matched from the start of the path, first wins.

@@ -72,13 +72,14 @@ def decide(
     rule = config.rule_for(name, kind)
     if rule is None or rule.scheme is None:
         return Decision(None, None, _why_dense(rule, kind, config), rule)
-    K, N = weight.shape if transposed else tuple(weight.shape)[::-1]
+    N, K = tuple(weight.shape)[-2:][:: -1 if transposed else 1]
     scheme, fitted = rule.scheme.fitted(K)
     reasons = [fitted]
     if scheme.desc_act and not calibrated:
         scheme = replace(scheme, desc_act=False)
         reasons.append("act-order needs calibration; without data the natural order is kept")
-    spec = LinearSpec(K, N, scheme, weight.dtype, weight.device.type)
+    experts = weight.shape[0] if weight.ndim == 3 else None
+    spec = LinearSpec(K, N, scheme, weight.dtype, weight.device.type, experts)
     chosen, passed_over = choose_kernel(spec, kernel, name)
     return Decision(scheme, chosen, "; ".join(filter(None, [*reasons, passed_over])), rule, spec)
 

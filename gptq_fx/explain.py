@@ -19,6 +19,10 @@ from gptq_fx.passes.plan import Site
 from gptq_fx.report import Report
 from gptq_fx.scheme import Rule
 
+EXPERTS_LOOP = (
+    "experts in a Python loop, which breaks the graph: model.set_experts_implementation('grouped_mm') "
+    "makes it one call"
+)
 UNREACHED = "no graph reached it: code that cannot be traced, or not used by these inputs"
 
 
@@ -73,8 +77,10 @@ def _report(model: nn.Module, seen: Sequence[tuple[Site, Tensor]], config: GPTQC
     reached = {id(weight) for _, weight in seen}
     for parameter in model.parameters():
         if parameter.ndim >= 2 and parameter.is_floating_point() and id(parameter) not in reached:
-            name = names[id(parameter)][0].removesuffix(".weight")
-            report.add(name, "other", parameter, Decision(None, None, UNREACHED))
+            path = names[id(parameter)][0]
+            looped = hasattr(model.get_submodule(path.rpartition(".")[0]), "is_transposed")
+            reason = EXPERTS_LOOP if looped and parameter.ndim == 3 else UNREACHED
+            report.add(path.removesuffix(".weight"), "other", parameter, Decision(None, None, reason))
     report.note_unused(config, rules)
     report.note_lazy()
     return report

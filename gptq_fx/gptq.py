@@ -13,7 +13,7 @@ that is what is quantized in place of W, or a part `gptaq` of the way to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +55,9 @@ class Hessian:
             self.drift.addmm_(x.T, original.reshape(x.shape).to(x) - x)
 
     @staticmethod
-    def sum(parts: Sequence[Hessian]) -> Hessian:
+    def sum(parts: Iterable[Hessian]) -> Hessian:
         """The Hessian of all inputs that the parts have seen."""
+        parts = list(parts)
         if len(parts) == 1:
             return parts[0]
         total = Hessian(len(parts[0].matrix), parts[0].matrix.device)

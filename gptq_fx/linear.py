@@ -17,7 +17,8 @@ class Measured:
     """What calibration says of one weight.
 
     loss: ||X (W - Wq)^T||^2 / ||X W^T||^2 over the calibration tokens, the relative error of the output.
-    tokens: how many inputs it saw. damp: the damp_percent it took. seconds: its part of its stage.
+    tokens: how many inputs it saw, all experts of a stack together. damp: the damp_percent it took.
+    seconds: its part of its stage.
     """
 
     loss: float
@@ -28,11 +29,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight after GPTQ. error: ||W - Wq|| / ||W||."""
+    """A weight after GPTQ. error: ||W - Wq|| / ||W||. note: what the report should say of it."""
 
     weight: QuantizedWeight
     error: float
     measured: Measured
+    note: str = ""
 
 
 @dataclass(eq=False)
@@ -59,6 +61,6 @@ class Linear:
 
     @property
     def dense(self) -> Tensor:
-        """[N, K]"""
+        """[N, K], or [E, N, K]"""
         weight = self.parameter.detach()
         return weight.mT if self.transposed else weight

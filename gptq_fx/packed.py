@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_fx.kernels import Kernel, LinearSpec, Tensors, get_kernel
+from gptq_fx.kernels import Kernel, LinearSpec, Tensors, get_kernel, grouped
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
@@ -39,8 +39,9 @@ class PackedWeight:
             scheme,
             weight.scales.dtype,
             weight.scales.device.type,
+            weight.scales.shape[0] if weight.scales.ndim == 3 else None,
         )
-        self.tensors: Tensors = self.kernel.pack(weight, self.spec)
+        self.tensors: Tensors = self.kernel.pack_all(weight, self.spec)
         self.error = error
         self.merged: PackedWeight | None = None
         self.start = 0
@@ -68,12 +69,12 @@ class PackedWeight:
 
     def unpacked(self) -> QuantizedWeight:
         """The canonical form; the pack stays."""
-        return self.kernel.unpack(self.tensors, self.spec)
+        return self.kernel.unpack_all(self.tensors, self.spec)
 
     def lower(self, kernel: Kernel) -> None:
         """Take the layout of `kernel`, if the weight is not in it."""
         if self.kernel is not kernel:
-            self.tensors = kernel.pack(self.unpacked(), self.spec)
+            self.tensors = kernel.pack_all(self.unpacked(), self.spec)
             self.kernel, self.merged, self.start = kernel, None, 0
 
     def adopt(self, other: PackedWeight) -> None:
@@ -84,6 +85,10 @@ class PackedWeight:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [*, K] -> [*, N]."""
         return self.kernel.call(x, self.call_tensors(), bias, self.spec)
+
+    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]."""
+        return grouped.grouped_linear(x, *grouped.call(self.kernel, self.call_tensors(), ends, self.spec))  # type: ignore[no-any-return]
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None) -> PackedWeight:
         """A new weight of the same integers, in canonical form."""
@@ -105,7 +110,9 @@ def live(handle: Tensor) -> PackedWeight:
 
 def can_merge(specs: Sequence[LinearSpec], kernel: Kernel) -> bool:
     """Whether weights of these specs can be one pack that can be cut into them again."""
-    if len({replace(spec, out_features=0) for spec in specs}) != 1 or specs[0].scheme.desc_act:
+    if len({replace(spec, out_features=0) for spec in specs}) != 1:
+        return False
+    if specs[0].scheme.desc_act or specs[0].experts is not None:
         return False
     whole = merged_spec(specs)
     borders = itertools.accumulate(spec.out_features for spec in specs[:-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,13 +28,46 @@ def handle_linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: 
     return live(handle).linear(x, bias)
 
 
+@define_opaque(
+    "handle_grouped(Tensor x, Tensor handle, Tensor ends, int out_features) -> Tensor",
+    fake=lambda x, handle, ends, out_features: x.new_empty(x.shape[0], out_features),
+)
+def handle_grouped(x: Tensor, handle: Tensor, ends: Tensor, out_features: int) -> Tensor:
+    """x [S, K] -> [S, N] by the experts that `handle` names, as QuantizedParameter.grouped."""
+    return live(handle).grouped(x, ends)
+
+
+@define_opaque(
+    "handle_experts(Tensor handle, Tensor ids, int[] shape, ScalarType dtype) -> Tensor",
+    fake=lambda handle, ids, shape, dtype: ids.new_empty(*ids.shape, *shape, dtype=dtype),
+)
+def handle_experts(handle: Tensor, ids: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The dense weights [*ids.shape, N, K] of some experts, in the order of `shape` ([K, N] too)."""
+    weight = live(handle).unpacked()
+    found = [weight.expert(e).dequantize(dtype) for e in ids.flatten().tolist()]
+    dense = torch.stack(found) if found else ids.new_empty(0, *shape, dtype=dtype)
+    dense = dense if dense.shape[1:] == tuple(shape) else dense.mT
+    return dense.reshape(*ids.shape, *shape).contiguous()
+
+
 # What transposes arrive as -> the name they have in `spelling`.
 FLIPS = {aten.t.default: "t", aten.transpose.int: "transpose", aten.permute.default: "permute"}
 
 
+# Calls that multiply a batch of matrices by a stack of experts.
+BMM = (
+    torch.bmm,
+    torch.matmul,
+    torch.Tensor.bmm,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    aten.bmm.default,
+)
+
+
 class QuantizedParameter(torch.Tensor):
     """A Parameter with the shape [N, K] (or [K, N], see `transposed`) and dtype of the dense weight it
-    replaces, and no dense storage.
+    replaces, and no dense storage. A stack of experts has one dimension more, in front.
 
     It is a traceable wrapper subclass whose one inner tensor is a handle, so that graphs and guards do
     not depend on the layout the bytes are in: `packed` may be lowered to a kernel, or merged with its
@@ -67,8 +101,8 @@ class QuantizedParameter(torch.Tensor):
         if fake is None:
             assert packed is not None
             spec = packed.spec
-            shape = (spec.out_features, spec.in_features)
-            meta: Any = (spec.scheme, shape[:: -1 if transposed else 1], spec.dtype, packed.device)
+            shape = _flipped(spec.shape) if transposed else spec.shape
+            meta: Any = (spec.scheme, shape, spec.dtype, packed.device)
             handle = packed.handle
         else:
             handle, meta = fake[0], fake[1]
@@ -126,6 +160,20 @@ class QuantizedParameter(torch.Tensor):
         y: Tensor = handle_linear(x, self.handle, bias, out_features)
         return y
 
+    def grouped(self, x: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+        """x [S, K] -> [S, N]: rows ends[e - 1] to ends[e] by expert e."""
+        if transposed != self.transposed or self.ndim != 3:
+            raise DenseUseError(f"{self.fqn}: {list(self.shape)} is no stack of experts for this call")
+        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+            return self._packed.grouped(x, ends)
+        y: Tensor = handle_grouped(x, self.handle, ends, self.shape[-1 if self.transposed else -2])
+        return y
+
+    def select(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        """The dense weights of the experts `ids`: right wherever code picks experts, but slow."""
+        y: Tensor = handle_experts(self.handle, ids, list(self.shape[1:]), self.dtype)
+        return y
+
     def storage(self) -> Any:
         """What transformers' save_pretrained asks every tensor for."""
         raise DenseUseError(
@@ -156,7 +204,7 @@ class QuantizedParameter(torch.Tensor):
         if packed is not None:
             return QuantizedParameter(packed, self.fqn, transposed)
         scheme, shape, dtype, device = self._flat[1][0]
-        meta = (scheme, shape[:: -1 if flip else 1], dtype, device)
+        meta = (scheme, _flipped(shape) if flip else shape, dtype, device)
         return QuantizedParameter(None, self.fqn, transposed, fake=(self.handle, meta))
 
     @classmethod
@@ -165,6 +213,9 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
+        experts = _experts(cls, func, args, kwargs)
+        if experts is not None:
+            return experts
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -177,6 +228,9 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
+        experts = _experts(cls, func, args, kwargs)
+        if experts is not None:
+            return experts
         if self is not None:
             if func in (aten.detach.default, aten.alias.default):
                 return self._alias(self._packed)
@@ -185,7 +239,7 @@ class QuantizedParameter(torch.Tensor):
             if func is aten._to_copy.default:
                 return self._alias(self.packed.to(kwargs.get("device"), kwargs.get("dtype")))
             flip = FLIPS.get(func)
-            if flip is not None and spelling.swaps_two_dims(flip, args[1:], 2):
+            if flip is not None and spelling.swaps_two_dims(flip, args[1:], self.ndim):
                 return self._alias(self._packed, flip=True)
             if func is aten.copy_.default:
                 return _copy(args[0], args[1])
@@ -214,6 +268,27 @@ class QuantizedParameter(torch.Tensor):
             self.scheme.desc_act,
         )
         return _rebuild, (weight.in_features, tensors, scheme, state)
+
+
+def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _experts(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The result of a call that takes a stack of experts, or None."""
+    call = spelling.read_grouped(func, args, kwargs)
+    if call is not None and isinstance(call.weight, cls) and not isinstance(call.x, cls):
+        return call.weight.grouped(call.x, call.ends, call.transposed)  # type: ignore[attr-defined,no-any-return]
+    if func in BMM and isinstance(args[1], QuantizedParameter) and args[1].ndim == args[0].ndim == 3:
+        x, weight = args
+        ends = torch.arange(1, x.shape[0] + 1, device=x.device) * x.shape[1]
+        y = weight.grouped(x.reshape(-1, x.shape[-1]), ends, True)
+        return y.reshape(*x.shape[:2], y.shape[-1])  # type: ignore[no-any-return]
+    if func is torch.Tensor.__getitem__ and args[0].ndim == 3 and isinstance(args[0], cls):
+        ids = args[1] if isinstance(args[1], Tensor) else torch.as_tensor(args[1])
+        if ids.dtype in (torch.int64, torch.int32):
+            return args[0].select(ids)  # type: ignore[attr-defined,no-any-return]
+    return None
 
 
 def _compact(tensor: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def quantize(
         reached = calibrate(
             model, calibration, config, device=device, progress=progress, resume_dir=resume_dir
         )
-    weights = [*_modules(model, config, reached), *_bare(model, reached)]
+    weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
     for weight in with_progress(chosen, "checking weights", show=progress):
         check_finite(weight.parameter, weight.name)
@@ -132,12 +132,34 @@ def _modules(model: nn.Module, config: GPTQConfig, reached: dict[int, Linear]) -
             decision = _calibrated_decision(linear)
         else:
             decision = decide(weight, name, kind, config, transposed=transposed, explicit=True)
-            if reached and decision.scheme is not None and not isinstance(weight, QuantizedParameter):
-                unreached = "rounded to nearest: no calibration input reached it"
-                decision = replace(decision, reason="; ".join(filter(None, [unreached, decision.reason])))
+            if not isinstance(weight, QuantizedParameter):
+                decision = _note_unreached(decision, reached)
         found.append(_Weight(name, kind, module, "weight", transposed, decision, calibrated))
         first.setdefault((id(weight), kind), found[-1])
     return found
+
+
+def _experts(model: nn.Module, config: GPTQConfig, reached: dict[int, Linear]) -> list[_Weight]:
+    """The stacks [E, *, *] of transformers' expert modules, which say which way round they are."""
+    found = []
+    for path, module in model.named_modules():
+        transposed = getattr(module, "is_transposed", None)
+        for leaf, weight in module.named_parameters(recurse=False):
+            if transposed is None or weight.ndim != 3 or id(weight) in reached:
+                continue
+            name = f"{path}.{leaf}"
+            decision = decide(weight, name, "grouped_linear", config, transposed=transposed, explicit=True)
+            found.append(
+                _Weight(name, "grouped_linear", module, leaf, transposed, _note_unreached(decision, reached))
+            )
+    return found
+
+
+def _note_unreached(decision: Decision, reached: dict[int, Linear]) -> Decision:
+    if not reached or decision.scheme is None:
+        return decision
+    unreached = "rounded to nearest: no calibration input reached it"
+    return replace(decision, reason="; ".join(filter(None, [unreached, decision.reason])))
 
 
 def _calibrated_decision(linear: Linear) -> Decision:
@@ -146,9 +168,10 @@ def _calibrated_decision(linear: Linear) -> Decision:
         if linear.scheme is None or isinstance(linear.parameter, QuantizedParameter):
             return linear.decision
         return Decision(None, None, "the linears that share it do not want the same of it")
-    tokens, K = linear.quantized.measured.tokens, linear.dense.shape[1]
+    tokens, K = linear.quantized.measured.tokens, linear.dense.shape[-1]
     few = f"saw {tokens} tokens, fewer than its {K} input features" if tokens < K else ""
-    return replace(linear.decision, reason="; ".join(filter(None, [few, linear.decision.reason])))
+    reasons = [linear.quantized.note or few, linear.decision.reason]
+    return replace(linear.decision, reason="; ".join(filter(None, reasons)))
 
 
 def _bare(model: nn.Module, reached: dict[int, Linear]) -> list[_Weight]:

@@ -70,10 +70,10 @@ class Store:
             scheme = linear.scheme
             assert scheme is not None
             tensors = [kept.get(f"{linear.name}.{kind}") for kind in TENSORS]
-            weight = QuantizedWeight(scheme.bits, linear.dense.shape[1], *tensors)  # type: ignore[arg-type]
-            error, *rest = measured[linear.name]
+            weight = QuantizedWeight(scheme.bits, linear.dense.shape[-1], *tensors)  # type: ignore[arg-type]
+            error, note, *rest = measured[linear.name]
             weight = weight.to(linear.parameter.device)
-            linear.quantized = Quantized(weight, error, Measured(*rest))
+            linear.quantized = Quantized(weight, error, Measured(*rest), note)
         return True
 
     def save(self, number: int, linears: Sequence[Linear]) -> None:
@@ -86,7 +86,8 @@ class Store:
             assert linear.quantized is not None
             named = zip(TENSORS, linear.quantized.weight.tensors, strict=True)
             tensors |= {f"{linear.name}.{k}": t.clone() for k, t in named if t is not None}
-            measured[linear.name] = (linear.quantized.error, *asdict(linear.quantized.measured).values())
+            done = linear.quantized
+            measured[linear.name] = (done.error, done.note, *asdict(done.measured).values())
         _write(path, lambda to: save_file(tensors, to, {"measured": json.dumps(measured)}))
 
     def _path(self, number: int) -> Path | None:

@@ -75,20 +75,67 @@ LINEAR: dict[Any, Callable[..., Spelled | None]] = {
     torch.functional.einsum: _einsum,
 }
 
-# Calls that swap the two dimensions of a matrix: name of the function, method or attribute.
+
+class Grouped(NamedTuple):
+    """y[rows of expert e] = x[rows of expert e] W[e]^T, with W [E, N, K], or [E, K, N] if `transposed`.
+
+    The rows [S, K] are sorted by experts; ends [E] says where those of each end.
+    """
+
+    x: Any
+    weight: Any
+    ends: Any
+    transposed: bool
+
+
+def _grouped_mm(
+    input: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Grouped | None:
+    if offs is None or bias is not None or out_dtype is not None:
+        return None
+    return Grouped(input, mat2, offs, True)
+
+
+def _grouped_mm_fallback(input: Any, weight: Any, offs: Any) -> Grouped:
+    return Grouped(input, weight, offs, True)
+
+
+# By name, since not every torch has each of them, and the last comes with transformers.
+GROUPED: dict[str, Callable[..., Grouped | None]] = {
+    "_grouped_mm": _grouped_mm,
+    "grouped_mm": _grouped_mm,
+    "aten._grouped_mm": _grouped_mm,
+    "transformers.grouped_mm_fallback": _grouped_mm_fallback,
+}
+
+
+def call_name(call: Any) -> str:
+    """The name of a function, method or op, without its overload."""
+    if isinstance(call, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return ".".join(str(call).split(".")[:2])
+    return call if isinstance(call, str) else getattr(call, "__name__", str(call))
+
+
+def read_grouped(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grouped | None:
+    """The linear of several experts that the call says, or None."""
+    row = GROUPED.get(call_name(call))
+    return None if row is None else row(*args, **kwargs)
+
+
+# Calls that swap the last two dimensions: name of the function, method or attribute.
 TRANSPOSES = {"t", "T", "mT", "H", "transpose", "swapaxes", "permute", "adjoint", "swapdims"}
 
 
 def swaps_two_dims(name: str, args: tuple[Any, ...], ndim: int) -> bool:
-    """Whether `name` with these arguments (after the tensor) turns [a, b] into [b, a]."""
-    if ndim != 2 or name not in TRANSPOSES:
+    """Whether `name` with these arguments (after the tensor) turns [*, a, b] into [*, b, a]."""
+    if ndim not in (2, 3) or name not in TRANSPOSES:
         return False
     if name in ("transpose", "swapaxes", "swapdims"):
-        return len(args) == 2 and {d % 2 for d in args} == {0, 1}
+        return len(args) == 2 and {d % ndim for d in args} == {ndim - 2, ndim - 1}
     if name == "permute":
         dims = args[0] if len(args) == 1 else args
-        return [d % 2 for d in dims] == [1, 0]
-    return not args
+        return [d % ndim for d in dims] == [*range(ndim - 2), ndim - 1, ndim - 2]
+    return not args and (ndim == 2 or name in ("mT", "adjoint"))
 
 
 def read(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelled | None:

@@ -6,6 +6,7 @@ Only this file knows the int32 packing of GPTQ checkpoints and the two versions 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,26 @@ class QuantizedWeight:
             )
         qzeros = None if zeros is None else pack_int32(zeros.mT, bits).mT.contiguous()
         return cls(bits, K, pack_int32(codes, bits), scales.contiguous(), qzeros, g_idx)
+
+    def expert(self, index: int) -> QuantizedWeight:
+        """The weight of one expert."""
+        qweight, scales, qzeros, g_idx = (None if t is None else t[index] for t in self.tensors)
+        assert qweight is not None and scales is not None
+        return QuantizedWeight(self.bits, self.in_features, qweight, scales, qzeros, g_idx)
+
+    @classmethod
+    def stack(cls, experts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """The weights of experts, which all have the same bits, groups and shape, as one."""
+        qzeros = [e.qzeros for e in experts if e.qzeros is not None]
+        g_idx = [e.g_idx for e in experts if e.g_idx is not None]
+        return cls(
+            experts[0].bits,
+            experts[0].in_features,
+            torch.stack([e.qweight for e in experts]),
+            torch.stack([e.scales for e in experts]),
+            torch.stack(qzeros) if qzeros else None,
+            torch.stack(g_idx) if g_idx else None,
+        )
 
     def codes(self) -> Tensor:
         """The integers q, uint8 [*, K, N]."""

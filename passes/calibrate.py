@@ -31,10 +31,13 @@ class Stage:
 
     sites: in the order of the graph; the first one of a weight that several linears use.
     end: the node before which the last of the inputs is known.
+    shareable: its linears are experts, the first ones behind their routing: what one expert takes, others
+        might have taken.
     """
 
     sites: list[Site]
     end: fx.Node
+    shareable: bool = False
 
 
 @dataclass(eq=False)
@@ -146,10 +149,8 @@ def _agreeing(plan: Plan, wanted: Wanted) -> dict[fx.Node, list[Site]]:
 def _reader(gm: fx.GraphModule, site: Site) -> fx.Node:
     """The node that reads the weight for this linear; transposes between are made its own."""
     assert site.node is not None
-    spelled = read(site.node)
-    assert spelled is not None
     chain: list[fx.Node] = []
-    node: Any = spelled.weight
+    node: Any = _weight(site)
     while node is not site.weight:
         chain.append(node)
         node = node.args[0]
@@ -169,6 +170,18 @@ def _reader(gm: fx.GraphModule, site: Site) -> fx.Node:
     return copies[1]
 
 
+def _weight(site: Site) -> fx.Node:
+    """What the call multiplies by: the weight, or transposes and picked experts of it."""
+    assert site.node is not None
+    if site.experts is None:
+        spelled = read(site.node)
+        assert spelled is not None and isinstance(spelled.weight, fx.Node)
+        return spelled.weight
+    others = [n for n in site.node.all_input_nodes if n not in (site.experts.x, site.experts.which)]
+    (weight,) = others
+    return weight
+
+
 def _stages(
     gm: fx.GraphModule, linears: dict[fx.Node, list[Site]], reader: dict[Site, fx.Node]
 ) -> tuple[list[Stage], dict[fx.Node, tuple[Stage, fx.Node]]]:
@@ -177,7 +190,7 @@ def _stages(
     position = {node: i for i, node in enumerate(gm.graph.nodes)}
     by_inputs: dict[object, list[list[Site]]] = {}
     for sites in linears.values():
-        same = tuple((_origin(_x(site)), writes[site.node]) for site in sites if site.node)
+        same = tuple((_origin(_x(site)), site.experts, writes[site.node]) for site in sites if site.node)
         by_inputs.setdefault(same, []).append(sites)
     stages, inputs_at = [], {}
     for group in by_inputs.values():
@@ -186,10 +199,18 @@ def _stages(
         stage = Stage([sites[0] for sites in group], reader[firsts[-1]])
         stages.append(stage)
         inputs_at.update({reader[site]: (stage, _x(site)) for site in firsts})
-    return sorted(stages, key=lambda stage: position[stage.end]), inputs_at
+    stages.sort(key=lambda stage: position[stage.end])
+    routings: set[fx.Node | None] = {None}
+    for stage in stages:
+        call = stage.sites[0].experts
+        stage.shareable = call is not None and call.which not in routings
+        routings.add(call.which if call is not None else None)
+    return stages, inputs_at
 
 
 def _x(site: Site) -> fx.Node:
+    if site.experts is not None:
+        return site.experts.x
     assert site.node is not None
     spelled = read(site.node)
     assert spelled is not None and isinstance(spelled.x, fx.Node)

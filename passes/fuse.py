@@ -24,6 +24,8 @@ def fuse(gm: fx.GraphModule, plan: Plan) -> int:
     groups: dict[object, list[Operand]] = {}
     writes = writes_before(gm)
     for operand in plan.operands:
+        if operand.node.target is not ops.linear:
+            continue
         (site,) = operand.sites
         assert site.decision is not None
         spec = replace(_spec(operand, plan), out_features=0)

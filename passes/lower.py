@@ -5,12 +5,16 @@ from __future__ import annotations
 from torch import fx
 
 from gptq_fx import ops
+from gptq_fx.kernels import grouped
 from gptq_fx.passes.plan import Operand, Plan
 from gptq_fx.progress import progress
 
 
 def lower(gm: fx.GraphModule, plan: Plan) -> int:
-    """gptq::linear(x, canonical tensors, bias, bits) -> kernel.op(x, its tensors, bias, its args)."""
+    """gptq::linear(x, canonical tensors, bias, bits) -> kernel.op(x, its tensors, bias, its args)
+
+    gptq::grouped_linear(x, canonical tensors, ends, N, "reference", ...) -> the same of the kernel.
+    """
     for operand in progress(plan.operands, "packing weights"):
         _lower(gm, plan, operand)
     return len(plan.operands)
@@ -19,13 +23,17 @@ def lower(gm: fx.GraphModule, plan: Plan) -> int:
 def _lower(gm: fx.GraphModule, plan: Plan, operand: Operand) -> None:
     decision = operand.sites[0].decision
     assert decision is not None and decision.kernel is not None
-    assert operand.node.target is ops.linear
     kernel = operand.kernel = decision.kernel
     packed = operand.packed([plan.tensor(site.weight) for site in operand.sites])
-    x, bias = operand.node.args[0], operand.node.args[5]
+    x = operand.node.args[0]
     stem = next(node.name for node in operand.inputs if node is not None)
     inputs = plan.add_inputs(gm, f"{kernel.name}_{stem}", packed.call_tensors())
-    operand.node.target = kernel.op
-    operand.node.args = (x, *inputs, bias, *kernel.op_args(packed.spec))
+    if operand.node.target is ops.linear:
+        bias = operand.node.args[5]
+        operand.node.target = kernel.op
+        operand.node.args = (x, *inputs, bias, *kernel.op_args(packed.spec))
+    else:
+        which = operand.node.args[2]
+        operand.node.args = (x, *grouped.call(kernel, inputs, which, packed.spec))
     plan.remove_inputs(gm, operand)
     operand.inputs = inputs

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from gptq_fx import spelling
+from gptq_fx.passes import experts
 from gptq_fx.passes.plan import Plan, Site
 
 EMBEDDINGS = (F.embedding, torch.embedding)
@@ -33,12 +34,13 @@ ROUTER_STEPS = 16
 def match(gm: fx.GraphModule, plan: Plan) -> int:
     """Fill plan.sites, in the order of the graph; how many of them are linears."""
     weights = {n: None for n, v in plan.values.items() if _is_matrix(v)}
-    found = [site for node in gm.graph.nodes if (site := _linear_at(node, weights))]
+    found = [s for n in gm.graph.nodes if (s := _linear_at(n, weights) or _experts_at(n, weights))]
     vocabulary = _largest_table(gm)
     for site in found:
         assert site.node is not None
         site.name = _site_name(site.node, site.weight, plan)
-        site.kind = _kind(site, vocabulary if site is found[-1] else None)
+        if site.experts is None:
+            site.kind = _kind(site, vocabulary if site is found[-1] else None)
     plan.sites += found
     claimed = {site.weight for site in found}
     for weight in (w for w in weights if w not in claimed):
@@ -76,6 +78,15 @@ def _linear_at(node: fx.Node, weights: dict[fx.Node, None]) -> Site | None:
     return Site(weight, "linear", "", "", spelled.transposed != flipped, node)
 
 
+def _experts_at(node: fx.Node, weights: dict[fx.Node, None]) -> Site | None:
+    stacks = {w for w in weights if getattr(w.meta.get("example_value"), "ndim", 0) == 3}
+    found = experts.read(node, stacks, through_transposes) if stacks else None
+    if found is None:
+        return None
+    weight, transposed, call = found
+    return Site(weight, "grouped_linear", "", "", transposed, node, call)
+
+
 def read(node: fx.Node) -> spelling.Spelled | None:
     """The linear that a call of the graph says, or None."""
     call = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target  # type: ignore[arg-type]
@@ -88,25 +99,31 @@ def _is_bias(bias: Any) -> bool:
 
 
 def through_transposes(node: Any) -> tuple[fx.Node | None, bool]:
-    """The node behind calls that swap two dimensions, and whether their number is odd."""
+    """The first node behind calls that swap the last two dimensions, and whether their number is odd."""
     flipped = False
-    name: Any
-    while isinstance(node, fx.Node) and node.op != "placeholder":
-        if node.op == "call_function" and node.target is getattr:
-            source, name, *args = node.args
-        elif node.op in ("call_method", "call_function"):
-            source, *args = node.args
-            name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        else:
-            return None, False
-        args += node.kwargs.values()
-        if not isinstance(source, fx.Node):
-            return None, False
-        ndim = getattr(source.meta.get("example_value"), "ndim", 0)
-        if not spelling.swaps_two_dims(str(name), tuple(args), ndim):
-            return None, False
+    while isinstance(node, fx.Node):
+        source = _transposed(node)
+        if source is None:
+            return node, flipped
         node, flipped = source, not flipped
-    return (node, flipped) if isinstance(node, fx.Node) else (None, False)
+    return None, False
+
+
+def _transposed(node: fx.Node) -> fx.Node | None:
+    """What the node swaps the last two dimensions of, if that is what it does."""
+    name: Any
+    if node.op == "call_function" and node.target is getattr:
+        source, name, *args = node.args
+    elif node.op in ("call_method", "call_function") and node.args:
+        source, *args = node.args
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    else:
+        return None
+    args += node.kwargs.values()
+    if not isinstance(source, fx.Node):
+        return None
+    ndim = getattr(source.meta.get("example_value"), "ndim", 0)
+    return source if spelling.swaps_two_dims(str(name), tuple(args), ndim) else None
 
 
 # --- names and kinds
@@ -180,7 +197,10 @@ def _other_use(weight: fx.Node, value: Tensor) -> tuple[str, str]:
             return OTHER_USES[call.target]
     names = sorted({call_name(call) for call in calls})
     if value.ndim == 3 and any(part in name for name in names for part in STACKED_CALLS):
-        return "grouped_linear", f"experts in one stack (used by {', '.join(names)}) are not quantized yet"
+        return (
+            "grouped_linear",
+            f"experts in one stack, used by {', '.join(names)} in a way that is not known",
+        )
     if not names:
         return "other", "not used by the graph"
     return "other", f"used by {', '.join(names)}, which is no known spelling of a linear"

@@ -19,6 +19,20 @@ from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Scheme
 
 
+@dataclass(frozen=True)
+class ExpertsCall:
+    """A multiplication by a stack of experts W.
+
+    form: "grouped": x [S, K], rows sorted by experts, `which` [E] says where those of each end.
+        "indexed": bmm of W[which] with x [S, 1, K] or [S, K, 1]; `which` [S] has the expert of each row.
+        "stacked": bmm of x [E, M, K] with W; `which` is None.
+    """
+
+    form: str
+    x: fx.Node
+    which: fx.Node | None
+
+
 @dataclass(eq=False)
 class Site:
     """A weight of the graph that is, or could be taken for, a linear.
@@ -27,6 +41,7 @@ class Site:
     kind: "linear", "lm_head", "router", ...; what rules go by. name: path, as the graph knows it.
     refusal: why it is no site that can be quantized, whatever the rules; "" where it is one.
     decision: what `choose` found.
+    experts: how a stack of experts is called, where it is one.
     node: the call, where it is a linear; what it takes is read from it, since passes rewrite that.
     """
 
@@ -36,6 +51,7 @@ class Site:
     refusal: str = ""
     transposed: bool = False
     node: fx.Node | None = None
+    experts: ExpertsCall | None = None
     decision: Decision | None = None
 
     @property
@@ -63,6 +79,14 @@ class Operand:
     node: fx.Node
     kernel: Kernel
     inputs: tuple[fx.Node | None, ...]
+
+    @property
+    def taken(self) -> tuple[Any, ...]:
+        """The inputs as the call has them: a list where it is one of experts."""
+        weights = self.node.args[1]
+        if isinstance(weights, (list, tuple)):
+            return tuple(weights)
+        return self.node.args[1 : 1 + len(self.inputs)]
 
     def packed(self, weights: Sequence[Tensor]) -> PackedWeight:
         """The pack of these weights in the layout of the kernel, made now if need be.

@@ -174,6 +174,77 @@ MODELS = {
 }
 
 
+MOE = {**DECODER, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+DEEPSEEK = {
+    **MOE,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 1,
+}
+EXPERTS = {
+    "mixtral": Tiny("MixtralForCausalLM", {**MOE, "num_local_experts": 4}),
+    "qwen2_moe": Tiny(
+        "Qwen2MoeForCausalLM",
+        {**MOE, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    ),
+    "qwen3_moe": Tiny(
+        "Qwen3MoeForCausalLM", {**MOE, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}
+    ),
+    "deepseek_v2": Tiny("DeepseekV2ForCausalLM", {**DEEPSEEK, "head_dim": 16}),
+    "deepseek_v3": Tiny("DeepseekV3ForCausalLM", DEEPSEEK),
+    "olmoe": Tiny("OlmoeForCausalLM", {**MOE, "num_experts": 4}),
+    "granitemoe": Tiny("GraniteMoeForCausalLM", {**MOE, "num_local_experts": 4}),
+    "phimoe": Tiny("PhimoeForCausalLM", {**MOE, "num_local_experts": 4}),
+    "gpt_oss": Tiny(
+        "GptOssForCausalLM", {**MOE, "num_local_experts": 4, "head_dim": 16, "sliding_window": 8}
+    ),
+    "glm4_moe": Tiny(
+        "Glm4MoeForCausalLM",
+        {
+            **MOE,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+            "head_dim": 16,
+        },
+    ),
+    "ernie4_5_moe": Tiny(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            **MOE,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    "llama4": Tiny(
+        "Llama4ForCausalLM",
+        {
+            **MOE,
+            "num_experts_per_tok": 1,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 128,
+            "head_dim": 16,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
+}
+
+
 def _spread(model: nn.Module) -> nn.Module:
     """Biases and norms as unlike their initial zeros and ones as those of a trained model."""
     for parameter in model.parameters():

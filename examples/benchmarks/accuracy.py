@@ -19,7 +19,14 @@ from statistics import mean, stdev
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import gptq_fx
 from anarchism import texts
@@ -45,6 +52,11 @@ SETTINGS = {
     "default: act_group_aware, scale_search, gptaq": {},
     "desc_act, static_groups, scale_search, gptaq": {"desc_act": True, "static_groups": True},
     "default, sequential off": {"sequential": False},
+}
+EXPERT_SETTINGS = {
+    "act_group_aware, route_all": {**PLAIN, "route_all": True},
+    "act_group_aware, scale_search, route_all": {"gptaq": 0.0, "route_all": True},
+    "default, route_all": {"route_all": True},
 }
 GRIDS = {
     "4 bits, g64, sym": {"bits": 4, "group_size": 64},
@@ -124,16 +136,24 @@ def with_our_weights(dense: PreTrainedModel, quantized: PreTrainedModel) -> PreT
         if not isinstance(parameter, gptq_fx.QuantizedParameter):
             continue
         weight = parameter.quantized_weight()
-        K, (G, N) = weight.in_features, weight.scales.shape
-        zeros = torch.full((G, N), 2 ** (weight.bits - 1), device=weight.scales.device)
-        if weight.qzeros is not None:
-            zeros = unpack(weight.qzeros.T.contiguous(), weight.bits, N).T
-        g_idx = (
-            torch.arange(K, device=zeros.device) // (K // G) if weight.g_idx is None else weight.g_idx.long()
-        )
-        module = result.get_submodule(name.removesuffix(".weight"))
-        module.weight.data = dense_weight(weight.qweight, weight.scales, zeros, g_idx, weight.bits, K)
+        if parameter.ndim == 2:
+            result.get_parameter(name).data = unpacked(weight)
+            continue
+        stack = torch.stack([unpacked(weight.expert(e)) for e in range(parameter.shape[0])])
+        result.get_parameter(name).data = stack.mT.contiguous() if parameter.transposed else stack
     return result
+
+
+def unpacked(weight: gptq_fx.QuantizedWeight) -> torch.Tensor:
+    """[N, K] fp32."""
+    K, (G, N) = weight.in_features, weight.scales.shape
+    zeros = torch.full((G, N), 2 ** (weight.bits - 1), device=weight.scales.device)
+    if weight.qzeros is not None:
+        zeros = unpack(weight.qzeros.T.contiguous(), weight.bits, N).T
+    g_idx = torch.arange(K, device=zeros.device) // (K // G)
+    if weight.g_idx is not None:
+        g_idx = weight.g_idx.long()
+    return dense_weight(weight.qweight, weight.scales, zeros, g_idx, weight.bits, K)
 
 
 def with_their_weights(dense: PreTrainedModel, folder: Path, bits: int) -> PreTrainedModel:
@@ -150,6 +170,33 @@ def with_their_weights(dense: PreTrainedModel, folder: Path, bits: int) -> PreTr
             tensors[f"{name}.qweight"], tensors[f"{name}.scales"], zeros, g_idx, bits, K
         )
     return result
+
+
+# --- a mixture of experts
+
+
+def upcycled(dense: PreTrainedModel, experts: int, noise: float = 0.05) -> PreTrainedModel:
+    """A Mixtral whose experts are copies of the dense MLP, apart by noise (relative to the weights), and
+    whose router is random: no trained experts, but a real language model that runs through them."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+    same = {name: getattr(dense.config, name) for name in (*names, "max_position_embeddings")}
+    config = MixtralConfig(**same, num_local_experts=experts, num_experts_per_tok=2, sliding_window=None)
+    model = MixtralForCausalLM(config).eval()
+    known = {name: tensor.cpu() for name, tensor in dense.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        mlp = name.partition(".mlp.")[0] + ".mlp"
+        if name in known:
+            tensor.copy_(known[name])
+        elif name.endswith("mlp.gate.weight"):
+            tensor.normal_(0, 0.02, generator=generator)
+        else:
+            parts = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+            weight = torch.cat([known[f"{mlp}.{part}.weight"] for part in parts])
+            spread = torch.randn(tensor.shape, generator=generator) * noise * weight.std()
+            tensor.copy_(weight + spread)
+    return model.to(dense.device)
 
 
 # --- the quantizers
@@ -212,7 +259,7 @@ def difference(values: list[float], base: list[float]) -> str:
 def table(grid: Grid, dense: PreTrainedModel, data: Data, args: argparse.Namespace) -> str:
     quantizers = {"round to nearest": lambda: ours(dense, grid, None, {})}
     for name in args.settings:
-        settings = SETTINGS[name]
+        settings = (SETTINGS | EXPERT_SETTINGS)[name]
         quantizers[name] = lambda settings=settings: ours(dense, grid, data.calibration, settings)
     if args.peer:
         path = str(args.model)
@@ -262,23 +309,29 @@ def main() -> None:
     cli.add_argument("--windows", type=int, default=80, help="windows of 512 tokens to judge by")
     cli.add_argument("--calibration", choices=("prose", "python"), default="prose")
     cli.add_argument("--tokens", type=Path, help="a file with the token ids, where there is no network")
+    cli.add_argument("--experts", type=int, help="make it a Mixtral of so many experts first")
     cli.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
-    cli.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    cli.add_argument("--settings", nargs="*", choices=SETTINGS | EXPERT_SETTINGS, default=list(SETTINGS))
     cli.add_argument("--peer", action="store_true", help="GPTQModel too, which must be installed")
     args = cli.parse_args()
     torch.set_num_threads(args.threads)
     args.model = args.model or checkpoint()
     dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().to(args.device)
+    if args.experts:
+        dense = upcycled(dense, args.experts)
     data = load_data(args, dense)
+    name = "SmolLM2-135M (de-quantized from Q4_1)"
+    if args.experts:
+        name += f", made a Mixtral of {args.experts} experts, apart by 5 % noise"
     parts = [
-        conditions("Quality of SmolLM2-135M (de-quantized from Q4_1), its 210 decoder linears quantized"),
+        conditions(f"Quality of {name}, all linears of its decoder quantized"),
         f"* calibration: {len(data.calibration)} x {LENGTH} tokens ({args.calibration})",
         f"* judged on {len(data.test)} x {LENGTH} tokens; fp32; weights unpacked from the stored integers",
         "* d: paired difference to GPTQModel, or to act_group_aware where that was not run, ± standard error",
     ]
-    for name in args.grids:
-        parts.append(f"\n## {name}\n")
-        parts.append(table(GRIDS[name], dense, data, args))
+    for grid in args.grids:
+        parts.append(f"\n## {grid}\n")
+        parts.append(table(GRIDS[grid], dense, data, args))
     publish("\n".join(parts), args.out)
 
 

@@ -72,7 +72,8 @@ def with_torchao(model: PreTrainedModel, group_size: int) -> None:
     model.compile()
 
 
-VARIANTS: dict[str, Callable[[PreTrainedModel, int], None]] = {
+Variants = dict[str, Callable[[PreTrainedModel, int], None]]
+VARIANTS: Variants = {
     "bf16, Inductor": with_inductor,
     "gptq_fx, 4 bits": with_gptq_fx,
     "torchao, int4": with_torchao,
@@ -116,11 +117,13 @@ class Runner:
         self.decode.clear()
 
 
-def compare(model: PreTrainedModel, group_size: int, rounds: int, prompt: int) -> str:
+def compare(
+    model: PreTrainedModel, group_size: int, rounds: int, prompt: int, variants: Variants | None = None
+) -> str:
     ids = torch.arange(prompt)[None] % model.config.vocab_size
     torch.compiler.reset()
     runners: dict[str, Runner] = {}
-    for name, prepare in VARIANTS.items():
+    for name, prepare in (variants or VARIANTS).items():
         variant = copy.deepcopy(model)
         with Console(stderr=True).status(f"{name}: compiling prefill and decode"):
             prepare(variant, group_size)

@@ -3,7 +3,7 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, cpu, reference
+from gptq_fx.kernels import ascend, cpu, grouped, reference
 from gptq_fx.kernels.registry import (
     Kernel,
     LinearSpec,
@@ -22,6 +22,7 @@ __all__ = [
     "choose_kernel",
     "cpu",
     "get_kernel",
+    "grouped",
     "kernels",
     "reference",
     "register",

@@ -61,16 +61,17 @@ def supports(spec: LinearSpec) -> str | None:
     return None
 
 
-def supports_grouped(spec: LinearSpec, experts: int) -> str | None:
-    """Why ascend_grouped_linear cannot run a stack of `experts` weights of this spec, or None."""
+def supports_grouped(spec: LinearSpec) -> str | None:
+    """Why ascend_grouped_linear cannot run a stack of this spec, or None."""
+    assert spec.experts is not None
     if reason := supports(spec):
         return reason
     if spec.scheme.bits == 8 and spec.groups > 1:
         return "npu_grouped_matmul takes 8-bit weights with one scale per output only, not with groups"
     if spec.scheme.desc_act:
         return "act-order: each expert would need its own order of the features of x"
-    if experts > MOST_EXPERTS:
-        return f"{experts} experts are more than {MOST_EXPERTS}"
+    if spec.experts > MOST_EXPERTS:
+        return f"{spec.experts} experts are more than {MOST_EXPERTS}"
     return None
 
 
@@ -202,8 +203,8 @@ def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-# The linear of a stack of experts. `pack`, `unpack` and `cut` take stacks as they are; no kernel of the
-# registry has an op for them yet, so that nothing calls it.
+# The linear of a stack of experts, on the tensors that `pack` makes of stacks. Nothing calls it yet: the
+# registry has no place for it, and gptq::grouped_linear runs ascend_linear for each expert.
 @define(
     "ascend_grouped_linear(Tensor x, Tensor weight, Tensor scales, Tensor offsets, Tensor ends) -> Tensor"
 )
@@ -247,5 +248,6 @@ ASCEND = register(
         cut_at=lambda spec: 1 if spec.scheme.bits == 8 else 8,
         cut=cut,
         note=note,
+        stacks=True,
     )
 )

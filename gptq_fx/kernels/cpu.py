@@ -108,10 +108,7 @@ def unpack_codes(packed: Tensor) -> Tensor:
     return torch.cat([codes, rest], -1)
 
 
-@define(
-    "cpu_int4_linear(Tensor x, Tensor packed, Tensor scales_mins, Tensor? bias, int group_size) -> Tensor"
-)
-def cpu_int4_linear(
+def int4_linear(
     x: Tensor, packed: Tensor, scales_mins: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """x bf16 [*, K] -> [*, N]; the algorithm is chosen by the number of rows of x."""
@@ -124,6 +121,11 @@ def cpu_int4_linear(
         cpu_int4_many_rows(rows, packed, scales_mins, y)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
     return y if bias is None else y + bias
+
+
+cpu_int4_linear = define(
+    "cpu_int4_linear(Tensor x, Tensor packed, Tensor scales_mins, Tensor? bias, int group_size) -> Tensor"
+)(int4_linear)
 
 
 # Fresh memory costs more, in page faults, than filling it: the result is written where the caller
@@ -178,6 +180,7 @@ CPU_INT4 = register(
         unpack=unpack,
         op=cpu_int4_linear,
         op_args=lambda spec: (kernel_group(spec) or 0,),
+        body=int4_linear,
         cut_at=lambda spec: BLOCK,
         cut=lambda tensors, spec, start, stop: (
             tensors[0][start:stop] if tensors[0] is not None else None,

@@ -42,5 +42,6 @@ REFERENCE = register(
         op_args=lambda spec: (spec.scheme.bits,),
         cut_at=cut_at,
         cut=cut,
+        stacks=True,
     )
 )

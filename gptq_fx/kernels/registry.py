@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,13 +17,23 @@ Tensors = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """All that a kernel may know of a linear y[*, N] = x[*, K] W[N, K]^T; never the rows of x."""
+    """All that a kernel may know of a linear y[*, N] = x[*, K] W[N, K]^T; never the rows of x.
+
+    experts: how many weights lie in one stack [E, N, K]; None: one weight [N, K].
+    """
 
     in_features: int
     out_features: int
     scheme: Scheme
     dtype: torch.dtype  # of x, y and the scales
     device: str  # a device type
+    experts: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight: [N, K], or [E, N, K]."""
+        matrix = (self.out_features, self.in_features)
+        return matrix if self.experts is None else (self.experts, *matrix)
 
     @property
     def group_size(self) -> int:
@@ -49,6 +59,8 @@ class Kernel:
     cut_at, cut: along N the layout can be cut at multiples of cut_at(spec);
         cut(tensors, spec, start, stop) gives views that are the pack of those rows.
     note: None, or what a user should know about how the kernel stores the spec.
+    body: the function behind op, or None: it costs less to call, where nothing traces.
+    stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
     """
 
     name: str
@@ -63,6 +75,8 @@ class Kernel:
     cut_at: Callable[[LinearSpec], int]
     cut: Callable[[Tensors, LinearSpec, int, int], Tensors]
     note: Callable[[LinearSpec], str | None] = lambda spec: None
+    stacks: bool = False
+    body: Callable[..., Tensor] | None = None
 
     def refuses(self, spec: LinearSpec) -> str | None:
         """Why this kernel cannot run `spec` here, or None."""
@@ -70,9 +84,30 @@ class Kernel:
             return f"runs on {self.device}, the weight is on {spec.device}"
         return self.available() or self.supports(spec)
 
+    def pack_all(self, weight: QuantizedWeight, spec: LinearSpec) -> Tensors:
+        """The tensors for a weight, or for a stack of experts."""
+        if spec.experts is None or self.stacks:
+            return self.pack(weight, spec)
+        one = replace(spec, experts=None)
+        packs = [self.pack(weight.expert(e), one) for e in range(spec.experts)]
+        return tuple(_stack(parts) for parts in zip(*packs, strict=True))
+
+    def unpack_all(self, tensors: Tensors, spec: LinearSpec) -> QuantizedWeight:
+        """The inverse of pack_all."""
+        if spec.experts is None or self.stacks:
+            return self.unpack(tensors, spec)
+        one = replace(spec, experts=None)
+        parts = [tuple(None if t is None else t[e] for t in tensors) for e in range(spec.experts)]
+        return QuantizedWeight.stack([self.unpack(part, one) for part in parts])
+
     def call(self, x: Tensor, tensors: Tensors, bias: Tensor | None, spec: LinearSpec) -> Tensor:
         result: Tensor = self.op(x, *tensors, bias, *self.op_args(spec))
         return result
+
+
+def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
+    given = [part for part in parts if part is not None]
+    return torch.stack(given) if given else None
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -116,6 +151,6 @@ def choose_kernel(spec: LinearSpec, wanted: str = "auto", site: str = "") -> tup
         others = (k for k in kernels() if k.name != wanted)
         refusals += [f"{k.name}: {k.refuses(spec) or 'could run it'}" for k in others]
     where = f"{site}: " if site else ""
-    shape = f"[{spec.out_features}, {spec.in_features}] {spec.scheme} {spec.dtype} on {spec.device}"
+    shape = f"{list(spec.shape)} {spec.scheme} {spec.dtype} on {spec.device}"
     what = "no kernel" if wanted == "auto" else f"kernel {wanted!r} cannot"
     raise KernelError(f"{where}{what} run{'s' * (wanted == 'auto')} {shape}. " + "; ".join(refusals))

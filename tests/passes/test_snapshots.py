@@ -8,20 +8,32 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import Stage, after, name
-from models import llama
+from models import EXPERTS, llama
 from torch import fx
 
 from gptq_fx.kernels.cpu import CPU_INT4
 
 # The rest is the model's own arithmetic, which no pass touches and versions of transformers change.
-SHOWN = re.compile(r"gptq\.|linear$|split$")
+SHOWN = re.compile(r"gptq\.|linear$|split$|_?grouped_mm|bmm$")
 
 
 def snapshot(last: str, dtype: torch.dtype) -> str:
-    """One line for each call that matters: name, shapes and weights. No name of the tracer's is in it."""
     # One head for k and v: 16 outputs, where no version of the int4 layout can be cut.
     model = llama(1, dtype, num_key_value_heads=1)
-    stage = after(last, model.model, torch.tensor([[3, 4, 5]]))
+    return shown(after(last, model.model, torch.tensor([[3, 4, 5]])))
+
+
+def experts(last: str, name: str, implementation: str | None) -> str:
+    model = EXPERTS[name].build(num_hidden_layers=1)
+    if implementation is not None:
+        model.set_experts_implementation(implementation)  # type: ignore[operator]
+    block = model.model.layers[0]  # type: ignore[union-attr,index]
+    block = block.mlp if name != "llama4" else block.feed_forward  # type: ignore[union-attr]
+    return shown(after(last, block, torch.randn(1, 3, 64)))
+
+
+def shown(stage: Stage) -> str:
+    """One line for each call that matters: name, shapes and weights. No name of the tracer's is in it."""
     named = _inputs(stage)
     lines = [_line(node, named) for node in stage.graph.graph.nodes if node.op.startswith("call_")]
     return "\n".join(line for line in lines if line)
@@ -46,6 +58,8 @@ def _line(node: fx.Node, named: dict[fx.Node, str]) -> str:
 
 
 def _argument(arg: object, named: dict[fx.Node, str]) -> str:
+    if isinstance(arg, (list, tuple)) and any(isinstance(a, fx.Node) for a in arg):
+        return f"[{', '.join(_argument(a, named) for a in arg if a is not None)}]"
     if isinstance(arg, fx.Node):
         return named.get(arg, _shape(arg))
     return "" if arg is None else str(arg)
@@ -126,3 +140,51 @@ gptq.cpu_int4_linear(bf16[1, 3, 64], gate|up.0 uint8[256, 32], gate|up.1 bf16[1,
 split(y, [128, 128], -1)
 gptq.cpu_int4_linear(bf16[1, 3, 128], down.0 uint8[64, 64], down.1 bf16[1, 64, 2], 128)""",
     )
+
+
+def test_experts_sorted_by_rows_after_swap() -> None:
+    assert_expected_inline(experts("swap", "mixtral", "grouped_mm"), """\
+linear(f32[3, 64], f32[4, 64])
+gptq.grouped_linear(f32[6, 64], [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], int32[4], 256, reference, [4])
+gptq.grouped_linear(f32[6, 128], [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int32[4], 64, reference, [4])""")
+
+
+def test_experts_sorted_by_rows_after_lower() -> None:
+    assert_expected_inline(experts("lower", "gpt_oss", "grouped_mm"), """\
+linear(f32[3, 64], f32[4, 64], f32[4])
+gptq.grouped_linear(f32[6, 64], [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], int32[4], 256, reference, [4])
+gptq.grouped_linear(f32[6, 128], [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int32[4], 64, reference, [4])""")
+
+
+def test_experts_picked_by_each_row_after_swap() -> None:
+    assert_expected_inline(experts("swap", "mixtral", "batched_mm"), """\
+linear(f32[3, 64], f32[4, 64])
+gptq.indexed_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], int64[6], 256, reference, [4])
+gptq.indexed_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int64[6], 64, reference, [4])""")
+
+
+def test_experts_picked_by_each_row_after_lower() -> None:
+    assert_expected_inline(experts("lower", "gpt_oss", "batched_mm"), """\
+linear(f32[3, 64], f32[4, 64], f32[4])
+gptq.indexed_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], int64[6], 256, reference, [4])
+gptq.indexed_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], int64[6], 64, reference, [4])""")
+
+
+def test_experts_with_as_many_rows_each_after_swap() -> None:
+    assert_expected_inline(experts("swap", "llama4", None), """\
+linear(f32[3, 64], f32[4, 64])
+gptq.grouped_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], y, 256, reference, [4])
+gptq.grouped_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], y, 64, reference, [4])
+gptq.linear(f32[3, 64], gate.0 int32[8, 128], gate.1 f32[1, 128], 4)
+gptq.linear(f32[3, 64], up.0 int32[8, 128], up.1 f32[1, 128], 4)
+gptq.linear(f32[3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""")
+
+
+def test_experts_with_as_many_rows_each_after_lower() -> None:
+    assert_expected_inline(experts("lower", "llama4", None), """\
+linear(f32[3, 64], f32[4, 64])
+gptq.grouped_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], y, 256, reference, [4])
+gptq.grouped_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], y, 64, reference, [4])
+gptq.linear(f32[3, 64], gate|up.0 int32[8, 256], gate|up.1 f32[1, 256], 4)
+split(y, [128, 128], -1)
+gptq.linear(f32[3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""")

@@ -1,0 +1,147 @@
+"""Calls on a stack of experts: how they are found in a graph, and what takes their place.
+
+_grouped_mm(x, W^T, ends)                  rows sorted by experts (transformers: grouped_mm)
+bmm(W[ids], x[S, K, 1]), bmm(x[S, 1, K], W[ids])        each row picks its own (batched_mm)
+bmm(x[E, M, K], W), x @ W, einsum          each expert has as many rows
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from gptq_fx import spelling
+from gptq_fx.kernels import LinearSpec, get_kernel, grouped
+from gptq_fx.passes.plan import ExpertsCall
+
+BMM = {"bmm", "matmul", "__matmul__", "aten.bmm", "aten.matmul"}
+GETITEM = (operator.getitem, torch.Tensor.__getitem__, "__getitem__")
+
+# (the stack's placeholder, whether it is [E, K, N], how it is called)
+Found = tuple[fx.Node, bool, ExpertsCall]
+# The node behind transposes, and whether their number is odd.
+Through = Callable[[Any], tuple[fx.Node | None, bool]]
+
+
+def read(node: fx.Node, stacks: Sequence[fx.Node] | set[fx.Node], through: Through) -> Found | None:
+    """The call on one of `stacks` (placeholders of [E, *, *]) that a node of the graph is, or None."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    call = spelling.read_grouped(node.target, node.args, dict(node.kwargs))
+    if call is not None:
+        weight, flipped = through(call.weight)
+        if weight not in stacks or not isinstance(call.x, fx.Node):
+            return None
+        assert weight is not None
+        return weight, call.transposed != flipped, ExpertsCall("grouped", call.x, call.ends)
+    pair = _product(node)
+    if pair is None:
+        return None
+    left, right = pair
+    for x, other, transposed in ((left, right, True), (right, left, False)):
+        weight, flipped = through(other)
+        if weight in stacks and transposed and _ndim(x) == 3:
+            assert weight is not None
+            return weight, transposed != flipped, ExpertsCall("stacked", x, None)
+        found = _picked(other, stacks, through)
+        if found is not None and _one_row(x, -2 if transposed else -1):
+            weight, ids, flipped = found
+            return weight, transposed != flipped, ExpertsCall("indexed", x, ids)
+    return None
+
+
+def _product(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(a, b) of a batched a @ b."""
+    args = (*node.args, *node.kwargs.values())
+    if spelling.call_name(node.target) == "einsum":
+        equation, *args = args  # type: ignore[assignment]
+        if len(args) == 1 and isinstance(args[0], (list, tuple)):
+            args = tuple(args[0])
+        if len(args) != 2 or not _is_product(equation):
+            return None
+    elif spelling.call_name(node.target) not in BMM or len(args) != 2:
+        return None
+    a, b = args
+    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
+
+
+def _is_product(equation: Any) -> bool:
+    """emk,ekn->emn, whatever the letters."""
+    if not isinstance(equation, str):
+        return False
+    letters = [c for c in equation if c.isalpha()]
+    e, m, k = dict.fromkeys(letters[:3]) if len(set(letters[:3])) == 3 else ("", "", "")
+    n = letters[5] if len(letters) == 9 else ""
+    return bool(n) and equation.replace(" ", "") == f"{e}{m}{k},{e}{k}{n}->{e}{m}{n}"
+
+
+def _picked(
+    node: Any, stacks: Sequence[fx.Node] | set[fx.Node], through: Through
+) -> tuple[fx.Node, fx.Node, bool] | None:
+    """(W, ids, flipped) of W[ids], with one expert for each row."""
+    picked, outer = through(node)
+    if picked is None or picked.target not in GETITEM or len(picked.args) != 2:
+        return None
+    weight, inner = through(picked.args[0])
+    ids = picked.args[1]
+    if weight not in stacks or not isinstance(ids, fx.Node) or _ndim(ids) != 1:
+        return None
+    assert weight is not None
+    return weight, ids, outer != inner
+
+
+def _one_row(x: fx.Node, dim: int) -> bool:
+    return _ndim(x) == 3 and x.meta["example_value"].shape[dim] == 1
+
+
+def _ndim(node: fx.Node) -> int:
+    return getattr(node.meta.get("example_value"), "ndim", 0)
+
+
+# --- what takes their place
+
+
+def insert(
+    gm: fx.GraphModule, call: ExpertsCall, inputs: Sequence[fx.Node | None], spec: LinearSpec
+) -> tuple[fx.Node, fx.Node]:
+    """The op on the canonical tensors, and the node with the shape of the call it replaces."""
+
+    def op(target: Any, x: fx.Node, which: fx.Node) -> fx.Node:
+        rest = grouped.call(get_kernel("reference"), inputs, which, spec)
+        return gm.graph.call_function(target, (x, *rest))
+
+    method = gm.graph.call_method
+    if call.form == "grouped":
+        assert call.which is not None
+        node = op(grouped.grouped_linear, call.x, call.which)
+        return node, node
+    if call.form == "indexed":
+        assert call.which is not None
+        dim = 1 if call.x.meta["example_value"].shape[1] == 1 else 2
+        node = op(grouped.indexed_linear, method("squeeze", (call.x, dim)), call.which)
+        return node, method("unsqueeze", (node, dim))
+    rows = method("size", (call.x, 1))
+    count = gm.graph.call_function(operator.mul, (rows, spec.experts))
+    stop = gm.graph.call_function(operator.add, (count, 1))
+    device = {"device": call.x.meta["example_value"].device}
+    ends = gm.graph.call_function(torch.arange, (rows, stop, rows), device)
+    node = op(grouped.grouped_linear, method("reshape", (call.x, -1, spec.in_features)), ends)
+    return node, method("reshape", (node, spec.experts, rows, spec.out_features))
+
+
+def expert_rows(call: ExpertsCall, experts: int, value: Callable[[fx.Node], Any]) -> list[torch.Tensor]:
+    """The inputs [rows, K] of each expert; `value` gives what a node of the graph has just now."""
+    x = value(call.x)
+    if call.form == "stacked":
+        return list(x)
+    assert call.which is not None
+    which = value(call.which)
+    if call.form == "grouped":
+        ends = which.tolist()
+        return [x[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    rows = x.flatten(1)
+    return [rows[which == e] for e in range(experts)]
