@@ -76,7 +76,9 @@ def supports_grouped(spec: LinearSpec) -> str | None:
 
 
 def note(spec: LinearSpec) -> str | None:
-    return f"{spec.scheme.bits}-bit codes stored in 4 bits" if spec.scheme.bits < 4 else None
+    width = f"{spec.scheme.bits}-bit codes stored in 4 bits" if spec.scheme.bits < 4 else None
+    loop = "experts run one by one" if spec.experts is not None else None
+    return "; ".join(filter(None, [width, loop])) or None
 
 
 def op_group(spec: LinearSpec) -> int:

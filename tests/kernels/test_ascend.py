@@ -253,6 +253,20 @@ def test_the_emulation_refuses_what_the_op_refuses(group):
         torch.ops.npu.npu_weight_quant_batchmatmul(x, packed, scales, antiquant_group_size=group)
 
 
+@pytest.mark.parametrize(
+    ("bits", "experts", "note"),
+    [
+        (4, None, None),
+        (8, None, None),
+        (2, None, "2-bit codes stored in 4 bits"),
+        (8, 4, "experts run one by one"),
+        (3, 4, "3-bit codes stored in 4 bits; experts run one by one"),
+    ],
+)
+def test_what_the_report_says(bits, experts, note):
+    assert ascend.note(replace(make_spec(bits=bits), experts=experts)) == note
+
+
 # --- availability
 
 

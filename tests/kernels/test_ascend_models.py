@@ -190,6 +190,26 @@ def test_act_order_from_calibration(here):
     assert relative_error(y, other(x)) <= 2 * LINEAR[torch.bfloat16]
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(("bits", "sym"), [(4, True), (4, False), (8, False)])
+def test_models_with_experts(name, bits, sym, here):
+    """All experts take every token, so that no rounding can send one elsewhere; they are run one by one."""
+    pytest.importorskip("transformers")
+    import test_experts as experts
+
+    model = experts.build(name, "grouped_mm", torch.bfloat16, num_experts_per_tok=4)
+    exact, inputs = experts.build(name, num_experts_per_tok=4), experts.EXPERTS[name].inputs()
+    experts.quantize(model, bits=bits, sym=sym)
+    twin = experts.twin(exact, model)
+    wanted = experts.output(twin, inputs)
+    dense = experts.relative(experts.output(copy.deepcopy(twin).bfloat16(), inputs).float(), wanted)
+    found = experts.output(experts.compiled(model, kernel="ascend"), inputs)
+    assert experts.relative(found.float(), wanted) <= 1.5 * dense
+    packs = [p.packed for p in model.parameters() if isinstance(p, QuantizedParameter)]
+    assert {pack.kernel for pack in packs} == {here}
+    assert any(pack.spec.experts for pack in packs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "sym"), [(4, False), (8, True)])
 def test_perplexity_of_a_real_model(bits, sym, here, monkeypatch):
