@@ -71,6 +71,8 @@ def _many_rows_samples():
 
 SAMPLES = {
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
+    # checked in kernels/test_ascend.py, where its op of torch_npu is emulated
+    "gptq::ascend_grouped_linear": (torch.ops.gptq.ascend_grouped_linear.default, lambda: ()),
     "gptq::handle_linear": (handle_linear, _handle_samples),
     "gptq::handle_grouped": (handle_grouped, _handle_grouped_samples),
     "gptq::handle_experts": (handle_experts, _handle_experts_samples),

@@ -3,7 +3,7 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import cpu, grouped, reference
+from gptq_fx.kernels import ascend, cpu, grouped, reference
 from gptq_fx.kernels.registry import (
     Kernel,
     LinearSpec,
@@ -18,6 +18,7 @@ __all__ = [
     "Kernel",
     "LinearSpec",
     "Tensors",
+    "ascend",
     "choose_kernel",
     "cpu",
     "get_kernel",

@@ -86,15 +86,15 @@ def normal(*shape, like: LinearSpec):
 def check_numbers(kernel, spec, rows=ROWS):
     weight = random_weight(spec)
     tensors = kernel.pack(weight, spec)
-    W = weight.dequantize(torch.float64)
+    W = weight.to("cpu").dequantize(torch.float64)  # not every device has float64
     bias = normal(spec.out_features, like=spec)
     for M, b in itertools.product(rows, (None, bias)):
         x = normal(M, spec.in_features, like=spec)
         y = kernel.call(x, tensors, b, spec)
         assert y.shape == (M, spec.out_features)
         assert y.dtype == spec.dtype
-        expected = x.double() @ W.T + (0 if b is None else b.double())
-        assert relative_error(y, expected) <= LINEAR[spec.dtype], (M, b is not None)
+        expected = x.cpu().double() @ W.T + (0 if b is None else b.cpu().double())
+        assert relative_error(y.cpu(), expected) <= LINEAR[spec.dtype], (M, b is not None)
 
 
 @every_place

@@ -1,0 +1,235 @@
+"""The Ascend kernel in whole models: the graph that the inner backend gets, and its numbers by emulation."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import npu_emulation
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from graphs import after
+from tolerances import LINEAR, relative_error
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+
+import gptq_fx
+from gptq_fx import GPTQConfig, Scheme
+from gptq_fx.grid import round_to_nearest
+from gptq_fx.kernels import ascend, registry
+from gptq_fx.parameter import QuantizedParameter
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    """The kernel is chosen on the CPU, where the emulation is, before all others."""
+    kernel = replace(ascend.ASCEND, device="cpu", order=1)
+    monkeypatch.setattr(registry, "_KERNELS", {**registry._KERNELS, "ascend": kernel})
+    with npu_emulation.emulated():
+        yield kernel
+
+
+class Block(nn.Module):
+    """A block of a decoder, without the parts that hold no weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(128, 128), nn.Linear(128, 64), nn.Linear(128, 64)
+        self.o = nn.Linear(128, 128, bias=False)
+        self.gate, self.up = nn.Linear(128, 192, bias=False), nn.Linear(128, 192, bias=False)
+        self.down = nn.Linear(192, 128)
+
+    def forward(self, x):
+        h = self.q(x) * torch.cat([self.k(x), self.v(x)], -1)
+        x = x + self.o(h)
+        return x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def make(dtype):
+    return Block().to(dtype).requires_grad_(False)
+
+
+def exact(model, scheme, x):
+    """The output in float64 on the rounded weights."""
+    rounded = Block().double().requires_grad_(False)
+    rounded.load_state_dict(model.state_dict())
+    for name, linear in rounded.named_children():
+        weight = model.get_submodule(name).weight
+        fitted, _ = scheme.fitted(weight.shape[1])
+        linear.weight.data = round_to_nearest(weight, fitted).dequantize(torch.float64)
+    return rounded(x.double())
+
+
+def line(node):
+    """Name, shapes and dtypes of a call; no name of the tracer's."""
+
+    def show(arg):
+        if not isinstance(arg, torch.fx.Node):
+            return "-" if arg is None else str(arg)
+        value = arg.meta.get("example_value", arg.meta.get("val"))
+        if not isinstance(value, torch.Tensor):
+            return "y"
+        short = str(value.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
+        return f"{short}{list(value.shape)}"
+
+    named = [f"{key}={show(value)}" for key, value in node.kwargs.items()]
+    op = str(node.target).removesuffix(".default").replace("npu.npu_", "npu.")
+    return f"{op}({', '.join([*map(show, node.args), *named])})"
+
+
+def ops_of(graph, library):
+    return "\n".join(line(node) for node in graph.graph.nodes if str(node.target).startswith(f"{library}."))
+
+
+def test_a_block_after_lower():
+    stage = after(
+        "lower", make(torch.bfloat16), torch.randn(2, 3, 128).bfloat16(), bits=4, group_size=64, sym=False
+    )
+    assert_expected_inline(
+        ops_of(stage.graph, "gptq"),
+        """\
+gptq.ascend_linear(bf16[2, 3, 128], i32[128, 32], bf16[2, 256], bf16[2, 256], -, -, 64)
+gptq.ascend_linear(bf16[2, 3, 128], i32[128, 16], bf16[2, 128], bf16[2, 128], -, -, 64)
+gptq.ascend_linear(bf16[2, 3, 128], i32[128, 48], bf16[2, 384], bf16[2, 384], -, -, 64)
+gptq.ascend_linear(bf16[2, 3, 192], i32[192, 16], bf16[3, 128], bf16[3, 128], -, bf16[128], 64)""",
+    )
+
+
+def named(monkeypatch, name, backend):
+    """Let Dynamo know a backend by a name, even one of torch_npu's."""
+    backend._tags = ()
+    known = torch._dynamo.backends.registry
+    monkeypatch.setitem(known._COMPILER_FNS, name, backend)
+    monkeypatch.setitem(known._BACKENDS, name, None)
+
+
+def test_what_a_compiler_behind_aot_gets(monkeypatch):
+    """Only ops of torch_npu are left of the quantized linears."""
+    graphs = []
+
+    def keep(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    named(monkeypatch, "keep", aot_autograd(fw_compiler=keep, inference_compiler=keep))
+    options = {"group_size": 64, "inner_backend": "keep", "sym": False}
+    compiled = torch.compile(make(torch.bfloat16), backend="gptq", options=options)
+    compiled(torch.randn(2, 3, 128).bfloat16())
+    (graph,) = graphs
+    assert ops_of(graph, "gptq") == ""
+    left = [str(node.target) for node in graph.graph.nodes]
+    assert not [target for target in left if target.startswith("aten.") and "mm" in target]
+    assert_expected_inline(
+        ops_of(graph, "npu"),
+        """\
+npu.weight_quant_batchmatmul(bf16[6, 128], i32[128, 32], bf16[2, 256], bf16[2, 256], -, -, -, 64)
+npu.weight_quant_batchmatmul(bf16[6, 128], i32[128, 16], bf16[2, 128], bf16[2, 128], -, -, -, 64)
+npu.weight_quant_batchmatmul(bf16[6, 128], i32[128, 48], bf16[2, 384], bf16[2, 384], -, -, -, 64)
+npu.weight_quant_batchmatmul(bf16[6, 192], i32[192, 16], bf16[3, 128], bf16[3, 128], -, -, f32[128], 64)""",
+    )
+
+
+@pytest.mark.parametrize("name", ["npugraph_ex", "npu"])
+def test_the_graph_is_handed_to_the_named_backend(name, monkeypatch):
+    """Those of torch_npu start only on an NPU: one of our own takes the name."""
+    calls = []
+
+    def backend(gm, inputs):
+        calls.append((ops_of(gm, "gptq").count("gptq.ascend_linear("), len(inputs)))
+        return gm.forward
+
+    named(monkeypatch, name, backend)
+    model, x = make(torch.bfloat16), torch.randn(5, 128).bfloat16()
+    options = {"group_size": 64, "inner_backend": name, "kernel": "ascend"}
+    y = torch.compile(model, backend="gptq", options=options)(x)
+    # x and four biases; q, k and v are one linear, gate and up too; each has weight and scales
+    assert calls == [(4, 5 + 4 * 2)]
+    assert relative_error(y, exact(model, Scheme(4, 64), x)) <= 2 * LINEAR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("size", [32, 64, -1])
+def test_numbers_of_a_model(bits, sym, size, dtype):
+    model, x = make(dtype), torch.randn(2, 3, 128).to(dtype)
+    options = {"bits": bits, "sym": sym, "group_size": size, "inner_backend": "eager", "kernel": "ascend"}
+    y = torch.compile(model, backend="gptq", options=options)(x)
+    # the errors of five layers, one behind the other
+    assert relative_error(y, exact(model, Scheme(bits, size, sym), x)) <= 2 * LINEAR[dtype]
+
+
+def test_a_quantized_model_eager_and_compiled(here):
+    """Merged packs are cut for eager use; the integers survive both ways."""
+    model, x = make(torch.bfloat16), torch.randn(2, 3, 128).bfloat16()
+    gptq_fx.quantize(model, GPTQConfig(group_size=64, sym=False), progress=False)
+    before = {name: p.quantized_weight().tensors for name, p in model.named_parameters() if "weight" in name}
+    with torch.no_grad():
+        y = torch.compile(model, backend="gptq", options={"inner_backend": "aot_eager"})(x)
+        assert model.k.weight.packed.kernel is here
+        assert model.k.weight.packed.merged is not None
+        assert relative_error(model(x), y) <= 2 * LINEAR[torch.bfloat16]
+    for name, tensors in before.items():
+        now = model.get_parameter(name).quantized_weight().tensors
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(now, tensors, strict=True)), name
+
+
+def test_act_order_from_calibration(here):
+    torch.manual_seed(3)
+    model, x = make(torch.bfloat16), torch.randn(4, 16, 128).bfloat16() * (torch.arange(128) % 7 + 1)
+    config = GPTQConfig(group_size=32, desc_act=True)
+    gptq_fx.quantize(model, config, [{"x": x}], progress=False)
+    assert model.q.weight.quantized_weight().g_idx is not None
+    dense = {n: p.dequantize() for n, p in model.named_parameters() if "weight" in n}
+    other = make(torch.bfloat16)
+    other.load_state_dict({**{n: p for n, p in model.named_parameters() if "bias" in n}, **dense})
+    y = torch.compile(model, backend="gptq", options={"inner_backend": "eager", "kernel": "ascend"})(x)
+    assert model.q.weight.packed.kernel is here
+    assert relative_error(y, other(x)) <= 2 * LINEAR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(("bits", "sym"), [(4, True), (4, False), (8, False)])
+def test_models_with_experts(name, bits, sym, here):
+    """All experts take every token, so that no rounding can send one elsewhere; they are run one by one."""
+    pytest.importorskip("transformers")
+    import test_experts as experts
+
+    model = experts.build(name, "grouped_mm", torch.bfloat16, num_experts_per_tok=4)
+    exact, inputs = experts.build(name, num_experts_per_tok=4), experts.EXPERTS[name].inputs()
+    experts.quantize(model, bits=bits, sym=sym)
+    twin = experts.twin(exact, model)
+    wanted = experts.output(twin, inputs)
+    dense = experts.relative(experts.output(copy.deepcopy(twin).bfloat16(), inputs).float(), wanted)
+    found = experts.output(experts.compiled(model, kernel="ascend"), inputs)
+    assert experts.relative(found.float(), wanted) <= 1.5 * dense
+    packs = [p.packed for p in model.parameters() if isinstance(p, QuantizedParameter)]
+    assert {pack.kernel for pack in packs} == {here}
+    assert any(pack.spec.experts for pack in packs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "sym"), [(4, False), (8, True)])
+def test_perplexity_of_a_real_model(bits, sym, here, monkeypatch):
+    """SmolLM2-135M by emulation in fp16 against `reference` in fp32, on the same integers."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    import measure
+    import smollm2
+
+    folder = smollm2.checkpoint()
+    windows, _ = measure.windows(transformers.AutoTokenizer.from_pretrained(folder), 2, 1, length=256)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    gptq_fx.quantize(model, GPTQConfig(bits=bits, sym=sym, group_size=64), progress=False)
+    models = {"reference": copy.deepcopy(model).float(), "ascend": model}
+    found = {}
+    for kernel, model in models.items():
+        torch._dynamo.reset()
+        options = {"kernel": kernel, "inner_backend": "eager"}
+        model.forward = torch.compile(model.forward, backend="gptq", options=options)
+        found[kernel] = measure.perplexity(model, windows)
+        used = {p.packed.kernel.name for p in model.parameters() if isinstance(p, QuantizedParameter)}
+        assert used == {kernel}
+    assert abs(found["ascend"] / found["reference"] - 1) <= 1e-3, found
