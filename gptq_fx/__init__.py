@@ -1,9 +1,11 @@
 """GPTQ as a compiler pass: torch.compile(model, backend="gptq")."""
 
 from gptq_fx.backend import backend
+from gptq_fx.checkpoint import SaveReport, from_pretrained, save_pretrained
 from gptq_fx.config import GPTQConfig
 from gptq_fx.errors import (
     CalibrationError,
+    CheckpointError,
     ConfigError,
     DenseUseError,
     GPTQError,
@@ -24,6 +26,7 @@ __all__ = [
     "W4A16",
     "W8A16",
     "CalibrationError",
+    "CheckpointError",
     "ConfigError",
     "DenseUseError",
     "GPTQConfig",
@@ -33,11 +36,14 @@ __all__ = [
     "QuantizedWeight",
     "Report",
     "Rule",
+    "SaveReport",
     "Scheme",
     "SchemeMismatchError",
     "SiteRecord",
     "WeightError",
     "backend",
     "explain",
+    "from_pretrained",
     "quantize",
+    "save_pretrained",
 ]
