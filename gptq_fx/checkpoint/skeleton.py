@@ -69,7 +69,7 @@ def build(config: Any, dtype: torch.dtype) -> Any:
     cls = model_class(config)
     try:
         with ExitStack() as stack:
-            for context in cls.get_init_context(dtype, False, False, None):  # type: ignore[attr-defined]
+            for context in cls.get_init_context(dtype, False, False, None):
                 stack.enter_context(context)
             model = cls(config)
     except Exception as error:
@@ -84,7 +84,7 @@ class Names:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        self.transforms = get_model_conversion_mapping(model)
+        self.transforms: list[Any] = [*get_model_conversion_mapping(model)]
         self.renamings = [t for t in self.transforms if isinstance(t, WeightRenaming)]
         self.converters = [t for t in self.transforms if isinstance(t, WeightConverter)]
         self.prefix = model.base_model_prefix

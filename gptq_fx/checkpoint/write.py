@@ -180,21 +180,23 @@ def _heads(model: Any, dense: Mapping[str, Tensor], quantized: Mapping[str, Quan
     weight = getattr(head, "weight", None)
     names = {n for n, p in quantized.items() if p is weight}
     names |= {n for n in (*dense, *quantized) if n.rpartition(".")[2] in ("lm_head", "embed_out")}
-    shared = isinstance(weight, Tensor) and not isinstance(weight, QuantizedParameter)
-    if shared:
-        names |= {n.removesuffix(".weight") for n, t in dense.items() if t.data_ptr() == weight.data_ptr()}
+    if isinstance(weight, Tensor) and not isinstance(weight, QuantizedParameter):
+        place = weight.data_ptr()
+        names |= {n.removesuffix(".weight") for n, t in dense.items() if t.data_ptr() == place}
     return names
 
 
 def _dense_linears(model: nn.Module, dense: Mapping[str, Tensor]) -> list[str]:
     """The linears that stay dense: readers quantize every linear that no rule leaves out."""
-    linears = {
-        m.weight.data_ptr()
-        for m in model.modules()
-        if (isinstance(m, nn.Linear) or skeleton.is_conv1d(m))
-        and not isinstance(m.weight, QuantizedParameter)
-    }
-    tables = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}
+    linears, tables = set(), set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or isinstance(weight, QuantizedParameter):
+            continue
+        if isinstance(module, nn.Linear) or skeleton.is_conv1d(module):
+            linears.add(weight.data_ptr())
+        elif isinstance(module, nn.Embedding):
+            tables.add(weight.data_ptr())
     return [
         name.removesuffix(".weight")
         for name, tensor in dense.items()
@@ -265,7 +267,12 @@ def _write_tensors(folder: Path, units: Sequence[_Unit], limit: int) -> None:
     total = 0
     for i, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: tensor for unit in shard for name, tensor in unit.make().items()}
+        tensors: dict[str, Tensor] = {}
+        storages: set[int] = set()
+        for name, tensor in (pair for unit in shard for pair in unit.make().items()):
+            shared = tensor.untyped_storage().data_ptr() in storages  # such as the g_idx of q, k and v
+            tensors[name] = tensor.clone() if shared else tensor
+            storages.add(tensor.untyped_storage().data_ptr())
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, file)
         save_file(tensors, folder / file, {"format": "pt"})
