@@ -239,8 +239,13 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "dynamic is no pattern": (SYM, setting(dynamic={"(": {"bits": 8}}), "no regular expression"),
     "dynamic that never ends": (
         SYM,
-        setting(dynamic={r"(?:.+)+[^a-z0-9._]": {"bits": 8}}),
+        setting(dynamic={r"(.|\w|[a-z._])+[A-Z]": {"bits": 8}}),
         "takes for ever",
+    ),
+    "dynamic that fills the memory": (
+        SYM,
+        setting(dynamic={r"(?:(?:a{6000}){6000}){6000}": {"bits": 8}}),
+        "repeats 216000000000 times",
     ),
     "dynamic of great length": (SYM, setting(dynamic={"a" * 10**5: {"bits": 8}}), "100000 characters"),
     "dynamic leaves dense what is not": (SYM, setting(dynamic={"-:.*up_proj": {}}), f"{UP}: a rule leaves"),

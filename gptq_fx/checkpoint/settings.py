@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ FORMATS = ("gptq", "gptq_v2")
 PATTERN_SECONDS = 1.0  # for one match; and for all matches of a checkpoint:
 TOTAL_SECONDS = 10.0
 MAX_PATTERN = 4096
+MAX_REPEATS = 10_000  # the product of the counts in a pattern, which a compiled one may write out
 FIELDS = ("bits", "group_size", "sym", "desc_act")
 
 
@@ -143,6 +146,8 @@ class _Budget:
     def compiled(self, key: str, pattern: str, *, full: bool) -> Callable[[str], bool]:
         if len(pattern) > MAX_PATTERN:
             raise CheckpointError(f"{self.file}: {key!r:.80}: a pattern of {len(pattern)} characters")
+        if (repeats := _repeats(pattern)) > MAX_REPEATS:
+            raise CheckpointError(f"{self.file}: {key!r:.80}: a pattern that repeats {repeats} times")
         try:
             compiled = regex.compile(pattern)
         except (regex.error, RecursionError, OverflowError, MemoryError) as error:
@@ -161,6 +166,12 @@ class _Budget:
             return found is not None
 
         return matches
+
+
+def _repeats(pattern: str) -> int:
+    """No less than how often a part of the pattern may be written out by its counts, such as a{2,5}."""
+    counts = [re.findall(r"\d+", braces) for braces in re.findall(r"\{[^{}]*\}", pattern)]
+    return math.prod(max(1, *map(int, numbers)) for numbers in counts if numbers)
 
 
 def _dynamic(file: str, found: Any, budget: _Budget) -> tuple[Override, ...]:
