@@ -67,21 +67,12 @@ def from_pretrained(
     modules = modules_of(files)
     if not modules:
         raise CheckpointError(f"{folder}: {settings.file} names GPTQ, but no tensor is quantized")
-    config = skeleton.read_config(folder, len(files.entries))
-    heads = [m for m in modules if m.rpartition(".")[2] in ("lm_head", "embed_out")]
-    if heads and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # a quantized head is a weight of its own
-    dtype = _dtype(dtype, config, files, modules)
-    config.dtype = dtype
-    model = skeleton.build(config, dtype)
-    names = skeleton.Names(model)
-    places = _places(model, names, files, settings, modules)
-    quantized = {f"{module}.{leaf}" for module in modules for leaf in LEAVES}
-    dense = _dense(model, names, files, [n for n in files.entries if n not in quantized], places)
+    model, places, dense = _plan(folder, files, settings, modules, dtype)
+    chosen = model.config.dtype
     where = torch.device(device or "cpu")
     skeleton.check_buffers(model, files.nbytes)
     made = {place.target: _parameter(place, files, settings, where) for place in places}
-    load, info = skeleton.load_dense(model, files, dense, dtype, where)
+    load, info = skeleton.load_dense(model, files, dense, chosen, where)
     _put(model, made)
     info.missing_keys -= made.keys()
     skeleton.check_complete(model, info.missing_keys, files)
@@ -89,6 +80,35 @@ def from_pretrained(
     model.requires_grad_(False)
     _generation_config(model, folder)
     return model
+
+
+def check_names(folder: Path, files: TensorFiles, settings: CheckpointSettings) -> None:
+    """Raise CheckpointError where names or shapes are not those of the model of config.json."""
+    model, places, dense = _plan(folder, files, settings, modules_of(files), None)
+    names = skeleton.Names(model)
+    found = {names.find(name)[0] for name in dense} | {place.target for place in places}
+    skeleton.check_complete(model, {n for n in names.state if n not in found}, files)
+
+
+def _plan(
+    folder: Path,
+    files: TensorFiles,
+    settings: CheckpointSettings,
+    modules: Sequence[str],
+    dtype: torch.dtype | None,
+) -> tuple[Any, list[Place], list[str]]:
+    """The model without weights, where the quantized ones go, and the names of the dense tensors."""
+    config = skeleton.read_config(folder, len(files.entries))
+    heads = [m for m in modules if m.rpartition(".")[2] in ("lm_head", "embed_out")]
+    if heads and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # a quantized head is a weight of its own
+    config.dtype = _dtype(dtype, config, files, modules)
+    model = skeleton.build(config, config.dtype)
+    names = skeleton.Names(model)
+    places = _places(model, names, files, settings, modules)
+    quantized = {f"{module}.{leaf}" for module in modules for leaf in LEAVES}
+    dense = _dense(model, names, files, [n for n in files.entries if n not in quantized], places)
+    return model, places, dense
 
 
 def _dtype(

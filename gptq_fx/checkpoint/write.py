@@ -90,7 +90,7 @@ def save_pretrained(
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_file"):
         raise CheckpointError(f"{type(model).__name__}: has no config. Legal: a model of transformers")
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     dense, quantized = _named(model)
     if not quantized:
         raise CheckpointError(f"{type(model).__name__}: nothing is quantized. Legal: after gptq_fx.quantize")
@@ -135,7 +135,8 @@ def _bytes(size: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise CheckpointError where save_pretrained would refuse the folder."""
     if not (target.exists() or target.is_symlink()) or (target.is_dir() and not any(target.iterdir())):
         return
     ours = target.is_dir() and not target.is_symlink() and (target / "quantize_config.json").is_file()
