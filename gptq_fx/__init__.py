@@ -14,6 +14,7 @@ from gptq_fx.errors import (
     WeightError,
 )
 from gptq_fx.explain import explain
+from gptq_fx.hf import HFConfig
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.quantize import quantize
 from gptq_fx.report import Report, SiteRecord
@@ -31,6 +32,7 @@ __all__ = [
     "DenseUseError",
     "GPTQConfig",
     "GPTQError",
+    "HFConfig",
     "KernelError",
     "QuantizedParameter",
     "QuantizedWeight",

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
     "3 bits, g32": {"bits": 3, "group_size": 32},
     "2 bits, g32": {"bits": 2, "group_size": 32},
 }
+V1 = {"4 bits, g64, asymmetric, v1": {"bits": 4, "group_size": 64, "sym": False, "v1": True}}
 MIXED = {r"-:.*layers\.0\.mlp\.down_proj": {}, r".*up_proj": {"bits": 8, "group_size": 64}}
 
 
@@ -68,7 +69,7 @@ def dense_model(folder: Path) -> None:
 
 def fields(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     """int32 [R, words] -> the fields of each row, little end first [R, count]."""
-    little = np.unpackbits(words.astype("<i4").view(np.uint8), axis=1, bitorder="little")
+    little = np.unpackbits(words.view("<u4").view(np.uint8), axis=1, bitorder="little")
     values = little[:, : count * bits].reshape(len(words), count, bits)
     return (values << np.arange(bits)).sum(-1)
 
@@ -86,10 +87,12 @@ def third_reading(folder: Path) -> PreTrainedModel:
         K, N = len(g_idx), scales.shape[1]
         bits = qweight.shape[0] * 32 // K
         codes = fields(np.ascontiguousarray(qweight.T), bits, K).T
+        if settings["checkpoint_format"] == "gptq" and bits != 3:  # v1 is 1 less in all fields of a word
+            ones = sum(1 << shift for shift in range(0, 32, bits))
+            qzeros = qzeros.view(np.uint32) + np.uint32(ones)
         zeros = fields(np.ascontiguousarray(qzeros), bits, N)
-        if settings["checkpoint_format"] == "gptq":
-            assert (zeros + 1 < 2**bits).all(), "no zero point of these models is 0"
-            zeros = zeros + 1
+        if settings["checkpoint_format"] == "gptq" and bits == 3:
+            zeros = (zeros + 1) % 8
         dense = scales[g_idx] * (codes - zeros[g_idx])
         state[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(dense.T)).float()
     model = LlamaForCausalLM(LlamaConfig.from_dict(config)).float().eval()
@@ -139,8 +142,9 @@ def theirs(dense: Path, out: Path, settings: dict[str, Any]) -> None:
     from gptqmodel.quantization import FORMAT
 
     extra: dict[str, Any] = {}
+    settings = dict(settings)
     if settings.get("sym") is False:
-        extra["format"] = FORMAT.GPTQ_V2
+        extra["format"] = FORMAT.GPTQ if settings.pop("v1", False) else FORMAT.GPTQ_V2
     if settings["group_size"] == -1 or settings.get("desc_act"):
         extra["act_group_aware"] = False
     config = QuantizeConfig(**settings, **extra, offload_to_disk=False)
@@ -159,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dense_model(folder / "dense")
         cases = [("gptq_fx", ours, name, case) for name, case in CASES.items()]
         cases += [("gptq_fx", ours, "mixed, by rules", {"bits": 4, "group_size": 32, "dynamic": MIXED})]
-        cases += [("GPTQModel", theirs, name, case) for name, case in CASES.items()]
+        cases += [("GPTQModel", theirs, name, case) for name, case in (CASES | V1).items()]
         for writer, write, name, case in cases:
             out = folder / f"{writer}-{len(results)}"
             write(folder / "dense", out, case)

@@ -71,9 +71,9 @@ def from_pretrained(
     chosen = model.config.dtype
     where = torch.device(device or "cpu")
     skeleton.check_buffers(model, files.nbytes)
-    made = {place.target: _parameter(place, files, settings, where) for place in places}
+    made = {place.target: make_parameter(place, files, settings, where) for place in places}
     load, info = skeleton.load_dense(model, files, dense, chosen, where)
-    _put(model, made)
+    put(model, made)
     info.missing_keys -= made.keys()
     skeleton.check_complete(model, info.missing_keys, files)
     skeleton.finish(model, load, info)
@@ -104,11 +104,18 @@ def _plan(
         config.tie_word_embeddings = False  # a quantized head is a weight of its own
     config.dtype = _dtype(dtype, config, files, modules)
     model = skeleton.build(config, config.dtype)
+    return model, *plan(model, files, settings, modules)
+
+
+def plan(
+    model: Any, files: TensorFiles, settings: CheckpointSettings, modules: Sequence[str]
+) -> tuple[list[Place], list[str]]:
+    """Where the quantized modules go in a model without weights, and the names of the dense tensors."""
     names = skeleton.Names(model)
     places = _places(model, names, files, settings, modules)
     quantized = {f"{module}.{leaf}" for module in modules for leaf in LEAVES}
     dense = _dense(model, names, files, [n for n in files.entries if n not in quantized], places)
-    return model, places, dense
+    return places, dense
 
 
 def _dtype(
@@ -210,7 +217,7 @@ def _dense(
     return kept
 
 
-def _parameter(
+def make_parameter(
     place: Place, files: TensorFiles, settings: CheckpointSettings, device: torch.device
 ) -> QuantizedParameter:
     """The one parameter that the modules of a place make."""
@@ -220,7 +227,8 @@ def _parameter(
     return as_parameter(QuantizedParameter(packed, place.target.removesuffix(".weight"), place.transposed))
 
 
-def _put(model: Any, made: Mapping[str, QuantizedParameter]) -> None:
+def put(model: Any, made: Mapping[str, QuantizedParameter]) -> None:
+    """Set the parameters, by their paths."""
     for target, parameter in made.items():
         owner, _, leaf = target.rpartition(".")
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers would fill it
