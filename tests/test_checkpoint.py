@@ -235,6 +235,25 @@ def test_the_model_compiles_and_generates(tmp_path: Path) -> None:
     assert tokens.shape == (1, 7)
 
 
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_model_that_was_lowered_and_merged_is_saved(wrap: bool, tmp_path: Path) -> None:
+    model, _ = quantized(llama(1, torch.bfloat16), group_size=32)
+    gptq_fx.save_pretrained(model, tmp_path / "before")
+    options = {"inner_backend": "eager"}
+    call: Any = model
+    if wrap:
+        call = torch.compile(model, backend="gptq", options=options)
+    else:
+        model.compile(backend="gptq", options=options)
+    logits(call)
+    gptq_fx.save_pretrained(call, tmp_path / "after")
+    one, other = (load_file(tmp_path / f / "model.safetensors") for f in ("before", "after"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert settings_of(tmp_path / "before") == settings_of(tmp_path / "after")
+    gptq_fx.from_pretrained(tmp_path / "after")
+
+
 # --- what others write
 
 
@@ -407,3 +426,6 @@ def test_readers() -> None:
         for n in ("q", "k", "v")
     }
     assert any("are one linear there" in r for r in readers(mixed, mixed=True)[1].reasons)
+    alone = {"a.up_proj": Stored(Scheme(4), 128, 128, "torch.float16")}
+    assert not readers(alone)[1].reasons
+    assert "a: gate_proj, up_proj differ" in readers(alone, ["a.gate_proj"])[1].reasons[0]

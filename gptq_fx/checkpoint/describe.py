@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptq_fx.scheme import Scheme
@@ -16,7 +16,7 @@ FIELDS = ("bits", "group_size", "sym", "desc_act")
 
 
 def describe(
-    schemes: Mapping[str, Scheme], dense: Mapping[str, None], heads: set[str], transposed: list[str]
+    schemes: Mapping[str, Scheme], dense: Sequence[str], heads: set[str], transposed: Sequence[str]
 ) -> dict[str, Any]:
     """The JSON object for quantized modules `schemes` and linears that stay `dense`, by checkpoint names.
 
@@ -30,7 +30,7 @@ def describe(
     version = "gptq" if all(s.sym for s in schemes.values()) else "gptq_v2"
     meta: dict[str, Any] = {"quantizer": [f"gptq_fx:{VERSION}"]}
     if transposed:
-        meta["transposed"] = transposed
+        meta["transposed"] = list(transposed)
     return {
         "quant_method": "gptq",
         "method": "gptq",

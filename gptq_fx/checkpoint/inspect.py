@@ -76,7 +76,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         )
         for m in modules
     }
-    who = readers(stored, mixed=bool(settings.overrides))
+    others = [name.removesuffix(".weight") for name in files.entries if name.endswith(".weight")]
+    who = readers(stored, others, mixed=bool(settings.overrides))
     unique = tuple(dict.fromkeys(problems))
     return Inspection(str(folder), dict(settings.raw), tuple(modules), dense, files.nbytes, who, unique)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from gptq_fx.checkpoint.describe import FUSED
@@ -73,8 +72,10 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 CHECKS["transformers + optimum"] = CHECKS["GPTQModel 7.7"]
 
 
-def readers(modules: Mapping[str, Stored], *, mixed: bool) -> tuple[Reader, ...]:
-    """What each program makes of a checkpoint. mixed: it has rules, in `dynamic`."""
+def readers(
+    modules: Mapping[str, Stored], dense: Collection[str] = (), *, mixed: bool = False
+) -> tuple[Reader, ...]:
+    """What each program makes of a checkpoint. dense: its other modules. mixed: it has `dynamic` rules."""
     found = []
     for program, checks in CHECKS.items():
         reasons = []
@@ -84,22 +85,21 @@ def readers(modules: Mapping[str, Stored], *, mixed: bool) -> tuple[Reader, ...]
                 more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
                 reasons.append(f"{what} ({bad[0]}{more})")
         if program in ("vLLM", "SGLang"):
-            reasons += _fused(modules)
+            reasons += _fused(modules, dense)
         if program.startswith("transformers") and mixed:
             reasons.append("does not know `dynamic`, which this checkpoint needs")
         found.append(Reader(program, tuple(reasons)))
     return tuple(found)
 
 
-def _fused(modules: Mapping[str, Stored]) -> list[str]:
-    """Linears that servers make one of must have one scheme."""
-    parents: dict[tuple[str, str], dict[str, Scheme | None]] = defaultdict(dict)
-    for name, module in modules.items():
+def _fused(modules: Mapping[str, Stored], dense: Collection[str]) -> list[str]:
+    """Linears that servers make one of must have one scheme, or all be dense."""
+    schemes: dict[str, Scheme | None] = dict.fromkeys(dense)
+    schemes |= {name: module.scheme for name, module in modules.items()}
+    for name in modules:
         parent, _, leaf = name.rpartition(".")
-        for fused, parts in FUSED.items():
-            if leaf in parts:
-                parents[parent, fused][leaf] = module.scheme
-    for (parent, fused), schemes in parents.items():
-        if len(set(schemes.values())) > 1 or len(schemes) < len(FUSED[fused]):
-            return [f"{parent}: {', '.join(FUSED[fused])} differ in their scheme, and are one linear there"]
+        for parts in FUSED.values():
+            siblings = [schemes[f"{parent}.{p}"] for p in parts if f"{parent}.{p}" in schemes]
+            if leaf in parts and len(set(siblings)) > 1:
+                return [f"{parent}: {', '.join(parts)} differ in their scheme, and are one linear there"]
     return []

@@ -86,6 +86,7 @@ def save_pretrained(
     Raises CheckpointError on what cannot be written.
     """
     target = Path(path)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     limit = _bytes(max_shard_size)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_file"):
@@ -98,7 +99,8 @@ def save_pretrained(
     schemes = {name: p.scheme for name, p in quantized.items()}
     # no module of its own tells which way a bare matrix lies
     bare = [n for n, p in quantized.items() if p.transposed and not _is_conv1d(model, p)]
-    described = describe(schemes, dict.fromkeys(_dense_linears(model, dense)), heads, bare)
+    linears = _dense_linears(model, dense)
+    described = describe(schemes, linears, heads, bare)
     scales = _scales_dtype(quantized)
     v1 = described["checkpoint_format"] == "gptq"
     units = [_dense_unit(name, tensor) for name, tensor in dense.items()]
@@ -122,7 +124,7 @@ def save_pretrained(
         name: Stored(p.scheme, p.packed.spec.in_features, p.packed.spec.out_features, str(scales))
         for name, p in quantized.items()
     }
-    who = readers(stored, mixed=bool(described["dynamic"]))
+    who = readers(stored, linears, mixed=bool(described["dynamic"]))
     if scales is not torch.float16:
         notes = (*notes, f"scales are {str(scales).removeprefix('torch.')}: float16 would change them")
     return SaveReport(str(target), files, nbytes, who, notes)
@@ -297,14 +299,28 @@ def _carry(folder: Path, model: Any, tokenizer: Any) -> tuple[str, ...]:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
         return ()
-    origin = Path(model.config.name_or_path or "")
-    if not model.config.name_or_path or not origin.is_dir():
-        return ("no tokenizer is known: pass tokenizer= to save it beside",)
+    name = model.config.name_or_path
+    origin = Path(name or "")
+    if not name or not origin.is_dir():
+        if not (name and _cached_tokenizer(name, folder)):
+            return ("no tokenizer is known: pass tokenizer= to save it beside",)
+        return ()
     written = {path.name for path in folder.iterdir()}
     for path in {path for pattern in CARRIED for path in origin.glob(pattern)}:
         if path.is_file() and path.name not in written and not path.name.endswith(".safetensors"):
             shutil.copyfile(path, folder / path.name)
     return ()
+
+
+def _cached_tokenizer(name: str, folder: Path) -> bool:
+    """Save the tokenizer of a repository of the Hub, if its files are in the cache."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(name, local_files_only=True).save_pretrained(folder)
+    except Exception:  # whatever is wrong with it: the model is worth saving without
+        return False
+    return True
 
 
 def _json(path: Path, value: Any) -> None:
