@@ -121,6 +121,10 @@ def test_mixed_schemes_are_rules(tmp_path: Path) -> None:
     }
 
 
+def test_the_writer_is_named(saved: tuple[nn.Module, Path]) -> None:
+    assert settings_of(saved[1])["meta"]["quantizer"] == [f"gptq_fx:{gptq_fx.__version__}"]
+
+
 def test_rules_match_what_they_are_for_and_nothing_else() -> None:
     four, eight = Scheme(4, 128), Scheme(8, 128)
     wanted = {f"model.layers.{i}.mlp.{leaf}": four for i in range(12) for leaf in ("gate", "up")}
