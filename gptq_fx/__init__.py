@@ -1,9 +1,11 @@
 """GPTQ as a compiler pass: torch.compile(model, backend="gptq")."""
 
 from gptq_fx.backend import backend
+from gptq_fx.checkpoint import SaveReport, from_pretrained, save_pretrained
 from gptq_fx.config import GPTQConfig
 from gptq_fx.errors import (
     CalibrationError,
+    CheckpointError,
     ConfigError,
     DenseUseError,
     GPTQError,
@@ -12,6 +14,7 @@ from gptq_fx.errors import (
     WeightError,
 )
 from gptq_fx.explain import explain
+from gptq_fx.hf import HFConfig
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.quantize import quantize
 from gptq_fx.report import Report, SiteRecord
@@ -24,20 +27,25 @@ __all__ = [
     "W4A16",
     "W8A16",
     "CalibrationError",
+    "CheckpointError",
     "ConfigError",
     "DenseUseError",
     "GPTQConfig",
     "GPTQError",
+    "HFConfig",
     "KernelError",
     "QuantizedParameter",
     "QuantizedWeight",
     "Report",
     "Rule",
+    "SaveReport",
     "Scheme",
     "SchemeMismatchError",
     "SiteRecord",
     "WeightError",
     "backend",
     "explain",
+    "from_pretrained",
     "quantize",
+    "save_pretrained",
 ]

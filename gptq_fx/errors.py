@@ -22,6 +22,10 @@ class CalibrationError(GPTQError, ValueError):
     """Calibration inputs that the model cannot take, or that no weight can be quantized by."""
 
 
+class CheckpointError(GPTQError, ValueError):
+    """A checkpoint that is damaged, or that says what cannot be; names the file and the tensor."""
+
+
 class KernelError(GPTQError, RuntimeError):
     """No registered kernel, or not the demanded one, can run a site."""
 

@@ -116,19 +116,31 @@ class QuantizedWeight:
         return dataclasses.replace(self, qweight=qweight, scales=scales, qzeros=qzeros, g_idx=g_idx)
 
     def qzeros_v1(self) -> Tensor:
-        """qzeros as "gptq" (v1) checkpoints store them: (z - 1) mod 2^bits; symmetric ones written out."""
-        zeros = self.zeros()
-        if zeros is None:
-            shape = (*self.scales.shape,)
-            zeros = torch.full(shape, 2 ** (self.bits - 1), device=self.scales.device)
-        stored = (zeros.to(torch.int32) - 1) & (2**self.bits - 1)
-        return pack_int32(stored.mT, self.bits).mT.contiguous()
+        """qzeros as "gptq" (v1) checkpoints store them: less one; symmetric ones written out."""
+        qzeros = self.qzeros
+        if qzeros is None:
+            full = torch.full(self.scales.shape, 2 ** (self.bits - 1), device=self.scales.device)
+            qzeros = pack_int32(full.mT, self.bits).mT.contiguous()
+        return _shift_zeros(qzeros, self.bits, self.out_features, -1)
 
 
 def qzeros_from_v1(qzeros: Tensor, bits: int, out_features: int) -> Tensor:
-    """v1 zero points [*, G, words] as v2: z = (stored + 1) mod 2^bits."""
-    stored = unpack_int32(qzeros.mT, bits, out_features)
-    return pack_int32((stored + 1) & (2**bits - 1), bits).mT.contiguous()
+    """v1 zero points [*, G, words] as v2: stored + 1, the exact inverse of QuantizedWeight.qzeros_v1."""
+    return _shift_zeros(qzeros, bits, out_features, 1)
+
+
+def _shift_zeros(qzeros: Tensor, bits: int, out_features: int, by: int) -> Tensor:
+    """Add `by` to packed zero points, the way that v1 was made from v2.
+
+    The writers of v1 subtract 1 from all fields of a word at once, so that z = 0 borrows from the field
+    above it: only arithmetic on whole words gives such files back. Fields of 3 bits cross words; there
+    each value is taken modulo 8, as the same writers do.
+    """
+    if bits == 3:
+        values = unpack_int32(qzeros.mT, bits, out_features) + by
+        return pack_int32(values & 7, bits).mT.contiguous()
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    return qzeros + by * ones  # int32 wraps around
 
 
 def _block(bits: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted([*ROOT.glob("gptq_fx/*.py"), *ROOT.glob("passes/*.py")])
+FILES = sorted([*ROOT.glob("gptq_fx/*.py"), *ROOT.glob("gptq_fx/checkpoint/*.py"), *ROOT.glob("passes/*.py")])
 WORD = re.compile(r"(?<![a-z])(torch_)?(is_)?(cuda|npu|hip|xpu)(?![a-z])", re.IGNORECASE)
 
 

@@ -127,20 +127,41 @@ def test_dequantize_is_the_equation(case):
     assert (dense.double() - exact).abs().max() <= limit
 
 
+def with_zeros(zeros, bits):
+    """A weight of the zero points [G, N], all codes 0."""
+    zeros = torch.as_tensor(zeros)
+    G, N = zeros.shape
+    return QuantizedWeight.from_codes(torch.zeros(8 * G, N), torch.ones(G, N), zeros, bits)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_v1_zero_points_round_trip_for_every_value(bits):
     values = torch.arange(2**bits).repeat(2)[None, :-1]  # a count that fills no word
-    N = values.shape[1]
-    weight = QuantizedWeight.from_codes(torch.zeros(8, N), torch.ones(1, N), values, bits)
-    v1 = weight.qzeros_v1()
-    assert unpack_int32(v1.mT, bits, N).mT.tolist() == [[(z - 1) % 2**bits for z in values[0].tolist()]]
-    assert torch.equal(qzeros_from_v1(v1, bits, N), weight.qzeros)
+    weight = with_zeros(values, bits)
+    assert torch.equal(qzeros_from_v1(weight.qzeros_v1(), bits, values.shape[1]), weight.qzeros)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_v1_zero_point_0_is_stored_as_the_largest_code(bits):
-    weight = QuantizedWeight.from_codes(torch.zeros(8, 1), torch.ones(1, 1), torch.zeros(1, 1), bits)
-    assert int(weight.qzeros_v1()) == 2**bits - 1
+def test_v1_stores_one_less_where_no_zero_point_is_0(bits):
+    values = torch.arange(1, 2**bits).repeat(32)[None]
+    stored = unpack_int32(with_zeros(values, bits).qzeros_v1().mT, bits, values.shape[1]).mT
+    assert torch.equal(stored, values - 1)
+
+
+@pytest.mark.parametrize("bits, ones", [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
+def test_v1_is_arithmetic_on_whole_words(bits, ones):
+    """A zero point of 0 borrows from the field above it, as in the files of the known writers."""
+    values = random_codes((5, 64), bits, 0)
+    values[:, ::7] = 0
+    weight = with_zeros(values, bits)
+    wanted = (weight.qzeros.long() - ones) % 2**32
+    assert torch.equal(weight.qzeros_v1().long() % 2**32, wanted)
+    assert torch.equal(qzeros_from_v1(weight.qzeros_v1(), bits, 64), weight.qzeros)
+
+
+def test_v1_zero_points_of_3_bits_wrap_by_themselves():
+    stored = unpack_int32(with_zeros([[0, 1, 0, 7]], 3).qzeros_v1().mT, 3, 4).mT
+    assert stored.tolist() == [[7, 0, 7, 6]]
 
 
 @pytest.mark.parametrize("bits", BITS)

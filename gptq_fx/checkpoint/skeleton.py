@@ -1,0 +1,208 @@
+"""transformers' own loading, step by step: the only file that calls its inner functions.
+
+Its from_pretrained would allocate every weight that the files do not hold as dense; here the quantized
+ones take their place between the steps.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptq_fx.checkpoint.files import TensorFiles, read_json
+from gptq_fx.errors import CheckpointError
+
+MAX_BUFFERS = 1 << 30  # bytes of tables a model may compute, or as much as the checkpoint has
+
+
+def read_config(folder: Path, tensors: int) -> Any:
+    """The model's config, of a class of transformers; code beside the checkpoint is never run.
+
+    Raises CheckpointError on what no model can be made of. `tensors` bounds the number of layers: a
+    damaged number must not keep the machine busy.
+    """
+    from transformers import AutoConfig
+
+    found = read_json(folder, "config.json")
+    if found is None:
+        raise CheckpointError(f"{folder}: config.json is missing")
+    for key, value in _numbers(found):
+        if "layers" in key and value > tensors:
+            raise CheckpointError(f"config.json: {key}: found {value}, but there are {tensors} tensors")
+    found.pop("quantization_config", None)
+    if isinstance(found.get("text_config"), dict):
+        found["text_config"].pop("quantization_config", None)
+    model_type = found.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"config.json: model_type: found {model_type!r:.80}. Legal: a string")
+    try:
+        config = AutoConfig.for_model(model_type, **found)
+    except Exception as error:  # config classes raise whatever a wrong value leads to
+        raise CheckpointError(f"config.json: {_line(error)}") from error
+    config.name_or_path = str(folder)
+    return config
+
+
+def model_class(config: Any) -> type[Any]:
+    """The class that config.json names under `architectures`."""
+    import transformers
+
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"config.json: architectures: found {names!r:.80}. Legal: a model class of transformers"
+        )
+    return cls
+
+
+def build(config: Any, dtype: torch.dtype) -> Any:
+    """The model with all weights on the meta device."""
+    cls = model_class(config)
+    try:
+        with ExitStack() as stack:
+            for context in cls.get_init_context(dtype, False, False, None):
+                stack.enter_context(context)
+            model = cls(config)
+    except Exception as error:
+        raise CheckpointError(f"config.json: no {cls.__name__} can be made of it: {_line(error)}") from error
+    return model.eval()
+
+
+class Names:
+    """From names in the checkpoint to paths in the model, by the table that transformers has of them."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self.transforms: list[Any] = [*get_model_conversion_mapping(model)]
+        self.renamings = [t for t in self.transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in self.transforms if isinstance(t, WeightConverter)]
+        self.prefix = model.base_model_prefix
+        self.state = model.state_dict()
+
+    def find(self, name: str) -> tuple[str, bool]:
+        """The path of a checkpoint's tensor, and whether it is only a part of what is there."""
+        from transformers.core_model_loading import rename_source_key
+
+        path, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)
+        if path not in self.state and name in self.state:
+            path, pattern = rename_source_key(name, [], [], self.prefix, self.state)
+        return path, pattern is not None
+
+
+def load_dense(
+    model: Any, files: TensorFiles, dense: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Any]:
+    """Load the named tensors. Returns what `finish` needs."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    load = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=Names(model).transforms,
+    )
+    try:
+        info, _ = convert_and_load_state_dict_in_model(model, {n: files.lazy(n) for n in dense}, load)
+    except Exception as error:
+        raise CheckpointError(f"{files.folder.name}: {_line(error)}") from error
+    for name, found, legal in sorted(info.mismatched_keys, key=str):
+        raise CheckpointError(
+            f"{files.folder.name}: {name}: found shape {list(found)}. Legal by config.json: {list(legal)}"
+        )
+    for name, what in info.conversion_errors.items():
+        raise CheckpointError(f"{files.folder.name}: {name}: {_line(what)}")
+    return load, info
+
+
+def check_complete(model: Any, missing: Collection[str], files: TensorFiles) -> None:
+    """Raise CheckpointError if weights are missing that the model cannot do without."""
+    tied = model.all_tied_weights_keys
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_missing or ()]
+    left = sorted(
+        name
+        for name in missing
+        if not (name in tied and tied[name] not in missing) and not any(p.search(name) for p in ignored)
+    )
+    # tying goes both ways: the source may be filled from its target
+    sources = {source for target, source in tied.items() if target not in missing}
+    left = [name for name in left if name not in sources and tied.get(name) not in sources]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise CheckpointError(f"{files.folder.name}: {left[0]}{more}: missing")
+
+
+def check_buffers(model: Any, nbytes: int) -> None:
+    """Raise CheckpointError where the config asks for tables beyond all measure."""
+    total = sum(b.numel() * b.element_size() for _, b in model.named_buffers())
+    if total > max(MAX_BUFFERS, nbytes):
+        raise CheckpointError(f"config.json: the model computes tables of {total} bytes")
+
+
+def finish(model: Any, load: Any, info: Any) -> None:
+    """Compute the tables that no file holds, such as rotary frequencies, and tie what is tied."""
+    model._finalize_model_loading(model, load, info)
+
+
+def ignored_unexpected(model: Any) -> list[re.Pattern[str]]:
+    """Names that checkpoints may hold though the model has no place for them, by its own word."""
+    extra = [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$"]
+    return [re.compile(p) for p in (*(model._keys_to_ignore_on_load_unexpected or ()), *extra)]
+
+
+def checkpoint_names(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of a model under the names of its checkpoints, the inverse of `Names`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, Any] = revert_weight_conversion(model, dict(state))
+    return reverted
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module keeps its weight as [K, N]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or where the Hub's cache has the repository of that id; only data is fetched."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        kinds = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        try:
+            return Path(snapshot_download(str(path), allow_patterns=kinds))
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: neither a folder, nor to be had from the Hub: {_line(error)}"
+            ) from None
+    raise CheckpointError(f"{path}: no such folder")
+
+
+def _numbers(found: Any, key: str = "") -> list[tuple[str, int]]:
+    if isinstance(found, dict):
+        return [pair for name, value in found.items() for pair in _numbers(value, str(name))]
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
+        return [(key, int(found) if abs(found) < 1e300 else 2**63)]
+    return []
+
+
+def _line(error: object) -> str:
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {text:.300}" if isinstance(error, Exception) else f"{text:.300}"
