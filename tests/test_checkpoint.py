@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import HEADS, MODELS, decoder_text, ids, linears, llama, logits, output, quantized
+from models import EXPERTS, HEADS, MODELS, decoder_text, ids, linears, llama, logits, output, quantized
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -65,6 +65,57 @@ def test_every_architecture_comes_back(name: str, tmp_path: Path) -> None:
     loaded = round_trip(model, tmp_path)
     assert type(loaded) is type(model)
     assert torch.equal(output(loaded, tiny.inputs()), output(model, tiny.inputs()))
+
+
+# --- experts: one matrix for each in the files, one stack in the model
+
+PER_EXPERT = {
+    "mixtral": "model.layers.0.block_sparse_moe.experts.3.w2.qweight",
+    "qwen3_moe": "model.layers.0.mlp.experts.3.down_proj.qweight",
+    "deepseek_v3": "model.layers.1.mlp.experts.3.down_proj.qweight",
+    "qwen2_moe": "model.layers.0.mlp.experts.3.up_proj.qweight",
+}
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("name", PER_EXPERT)
+def test_experts_come_back(name: str, sym: bool, tmp_path: Path) -> None:
+    tiny = EXPERTS[name]
+    model, _ = quantized(tiny.build(), group_size=32, sym=sym)
+    loaded = round_trip(model, tmp_path)
+    assert torch.equal(output(loaded, tiny.inputs()), output(model, tiny.inputs()))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert PER_EXPERT[name] in file.keys()  # noqa: SIM118
+    assert any(isinstance(p, QuantizedParameter) and p.ndim == 3 for p in loaded.parameters())
+
+
+def test_each_expert_of_the_files_is_its_own(tmp_path: Path) -> None:
+    model, _ = quantized(EXPERTS["mixtral"].build(), group_size=32)
+    gptq_fx.save_pretrained(model, tmp_path / "out")
+    stack = model.model.layers[0].mlp.experts.gate_up_proj.quantized_weight()
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        for e in range(4):
+            for part, rows in (("w1", slice(0, 128)), ("w3", slice(128, 256))):
+                found = file.get_tensor(f"model.layers.0.block_sparse_moe.experts.{e}.{part}.qweight")
+                assert torch.equal(found, stack.expert(e).qweight[:, rows])
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    model, _ = quantized(EXPERTS["mixtral"].build(), group_size=32)
+    gptq_fx.save_pretrained(model, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    gone = "model.layers.1.block_sparse_moe.experts.2.w3"
+    kept = {n: t for n, t in load_file(path).items() if not n.startswith(gone)}
+    save_file(kept, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{gone}.*missing"):
+        gptq_fx.from_pretrained(tmp_path / "out")
+
+
+def test_experts_that_files_keep_in_one_stack_are_refused(tmp_path: Path) -> None:
+    model, _ = quantized(EXPERTS["gpt_oss"].build(), group_size=32)
+    with pytest.raises(CheckpointError, match="keep these experts in one stack"):
+        gptq_fx.save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("group_size", [-1, 32])

@@ -14,10 +14,12 @@ import torch
 from gptq_fx.checkpoint import skeleton
 from gptq_fx.checkpoint.files import DTYPES, TensorFiles, open_tensors
 from gptq_fx.checkpoint.settings import CheckpointSettings, read_settings
-from gptq_fx.checkpoint.tensors import LEAVES, modules_of, read_module
+from gptq_fx.checkpoint.tensors import LEAVES, joined, modules_of, read_module
 from gptq_fx.errors import CheckpointError
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter, as_parameter
+from gptq_fx.scheme import Scheme
+from gptq_fx.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +28,9 @@ log = logging.getLogger(__name__)
 class Place:
     """Where quantized modules of a checkpoint go.
 
-    target: path of the parameter. modules: the modules of the checkpoint it is made of, in order.
-    transposed: the parameter has the logical shape [K, N].
+    target: path of the parameter. modules: the modules of the checkpoint it is made of; several make a
+        stack of experts. transposed: the parameter has the logical shape [K, N].
+    parts: of a stack, what each module holds: (expert, first row, last row + 1).
     """
 
     target: str
@@ -35,6 +38,7 @@ class Place:
     transposed: bool
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parts: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def in_features(self) -> int:
@@ -151,12 +155,35 @@ def _places(
             if any(pattern.search(f"{module}.weight") for pattern in ignored):
                 continue
             raise files.error(example, f"the model has no {target} (config.json: {type(model).__name__})")
+        if part and names.state[target].ndim == 3:
+            if target not in places:
+                places[target] = _stack(model, names, files, modules, target)
+            if module not in places[target].modules:
+                raise files.error(example, f"is no part of {target}, to which transformers gives it")
+            continue
         if part:
             raise files.error(example, f"is one of several that make {target}, which is not in this version")
         if target in places:
             raise files.error(example, f"{target} is made of {places[target].modules[0]} already")
         places[target] = _place(model, names, files, settings, module, target)
     return list(places.values())
+
+
+def _stack(
+    model: Any, names: skeleton.Names, files: TensorFiles, modules: Sequence[str], target: str
+) -> Place:
+    """The place of the experts of one stack, which must all be there."""
+    weight = names.state[target]
+    holder = model.get_submodule(target.rpartition(".")[0])
+    transposed = bool(getattr(holder, "is_transposed", False))
+    rows = weight.shape[-1 if transposed else -2]
+    cut = skeleton.parts(model, target, weight.shape[0], rows, transposed)
+    missing = sorted(cut.keys() - set(modules))
+    if missing:
+        raise CheckpointError(
+            f"{files.folder.name}: {missing[0]}.qweight: missing; {target} is made of {len(cut)} modules"
+        )
+    return Place(target, tuple(cut), transposed, tuple(weight.shape), weight.dtype, tuple(cut.values()))
 
 
 def _place(
@@ -221,10 +248,33 @@ def make_parameter(
     place: Place, files: TensorFiles, settings: CheckpointSettings, device: torch.device
 ) -> QuantizedParameter:
     """The one parameter that the modules of a place make."""
-    (module,) = place.modules
-    weight, scheme = read_module(files, settings, module, place.in_features, place.out_features)
+    if place.parts:
+        weight, scheme = _read_stack(place, files, settings)
+    else:
+        (module,) = place.modules
+        weight, scheme = read_module(files, settings, module, place.in_features, place.out_features)
     packed = PackedWeight(weight.to(device, place.dtype), scheme, None)
     return as_parameter(QuantizedParameter(packed, place.target.removesuffix(".weight"), place.transposed))
+
+
+def _read_stack(
+    place: Place, files: TensorFiles, settings: CheckpointSettings
+) -> tuple[QuantizedWeight, Scheme]:
+    """The experts of a stack, each of one module or of several with some of its rows."""
+    experts: dict[int, list[tuple[int, QuantizedWeight]]] = {}
+    schemes: dict[Scheme, str] = {}
+    for module, (expert, start, stop) in zip(place.modules, place.parts, strict=True):
+        weight, scheme = read_module(files, settings, module, place.in_features, stop - start)
+        schemes.setdefault(scheme, module)
+        experts.setdefault(expert, []).append((start, weight))
+    if len(schemes) > 1:
+        (one, first), (other, second) = list(schemes.items())[:2]
+        raise CheckpointError(
+            f"{settings.file}: {first} is {one}, {second} is {other}. Legal: one scheme for {place.target}"
+        )
+    ordered = [sorted(experts[e], key=lambda part: part[0]) for e in sorted(experts)]
+    stack = QuantizedWeight.stack([joined([w for _, w in parts]) for parts in ordered])
+    return stack, next(iter(schemes))
 
 
 def put(model: Any, made: Mapping[str, QuantizedParameter]) -> None:

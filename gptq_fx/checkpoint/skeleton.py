@@ -169,6 +169,31 @@ def checkpoint_names(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     return reverted
 
 
+def parts(
+    model: Any, name: str, experts: int, rows: int, transposed: bool
+) -> dict[str, tuple[int, int, int]]:
+    """The modules that checkpoints keep a stack of experts in: module -> (expert, first row, last row + 1).
+
+    transformers' table tells it of a stack whose rows are numbered through. Raises CheckpointError where
+    checkpoints do not keep one matrix, of some rows in a run, for each expert.
+    """
+    numbered = torch.arange(experts * rows).view(experts, rows, 1)
+    shown = checkpoint_names(model, {name: numbered.mT if transposed else numbered})
+    found = {}
+    for module, part in shown.items():
+        first = int(part.flatten()[0])
+        run = torch.arange(first, first + part.numel())
+        whole = part.ndim == 2 and first // rows == int(run[-1]) // rows
+        if not whole or not torch.equal(part.flatten(), run):
+            raise CheckpointError(
+                f"{name}: checkpoints keep these experts in one stack ({module}), for which the GPTQ format "
+                "has no place"
+            )
+        start = first % rows
+        found[module.removesuffix(".weight")] = (first // rows, start, start + part.numel())
+    return found
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether the module keeps its weight as [K, N]."""
     from transformers.pytorch_utils import Conv1D

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from gptq_fx.checkpoint.files import DTYPES, TensorFiles
 from gptq_fx.checkpoint.settings import CheckpointSettings
 from gptq_fx.errors import CheckpointError
 from gptq_fx.scheme import Scheme
-from gptq_fx.weight import QuantizedWeight, pack_int32, packed_rows, qzeros_from_v1
+from gptq_fx.weight import QuantizedWeight, packed_rows, qzeros_from_v1, unpack_int32
 
 LEAVES = ("qweight", "scales", "qzeros", "g_idx")
 SCALES = ("F16", "BF16", "F32")
@@ -59,6 +60,25 @@ def read_module(
     return QuantizedWeight(bits, K, qweight, scales, qzeros, g_idx), scheme
 
 
+def rows_of(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
+    """Some outputs of a weight [N, K]."""
+    codes, zeros = weight.codes()[:, start:stop], weight.zeros()
+    zeros = None if zeros is None else zeros[:, start:stop]
+    return QuantizedWeight.from_codes(codes, weight.scales[:, start:stop], zeros, weight.bits, weight.g_idx)
+
+
+def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight [N, K] with the outputs of all, in order; they have one act-order, if any."""
+    zeros = [z for weight in weights if (z := weight.zeros()) is not None]
+    return QuantizedWeight.from_codes(
+        torch.cat([weight.codes() for weight in weights], -1),
+        torch.cat([weight.scales for weight in weights], -1),
+        torch.cat(zeros, -1) if zeros else None,
+        weights[0].bits,
+        weights[0].g_idx,
+    )
+
+
 def _get(files: TensorFiles, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Tensor | None:
     """The tensor, or None if there is none. dtype and shape are checked before anything is read."""
     entry = files.entries.get(name)
@@ -82,10 +102,9 @@ def _zeros(
     if not scheme.sym:
         return qzeros_from_v1(stored, scheme.bits, out_features) if version == "gptq" else stored
     middle = 2 ** (scheme.bits - 1)
-    for value in (middle - 1, middle):
-        full = torch.full((out_features, 1), value)
-        if (stored == pack_int32(full, scheme.bits).mT).all():
-            return None
+    values = unpack_int32(stored.mT, scheme.bits, out_features)
+    if any((values == value).all() for value in (middle - 1, middle)):
+        return None
     raise files.error(name, "sym is true, but the zero points are not all in the middle of the grid")
 
 

@@ -21,7 +21,9 @@ from gptq_fx.checkpoint import skeleton
 from gptq_fx.checkpoint.describe import describe
 from gptq_fx.checkpoint.files import INDEX, SINGLE
 from gptq_fx.checkpoint.readers import Reader, Stored, readers
+from gptq_fx.checkpoint.tensors import rows_of
 from gptq_fx.errors import CheckpointError
+from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.weight import QuantizedWeight, packed_rows
 
@@ -155,9 +157,13 @@ def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, QuantizedPara
     once = {n: t for n, t in state.items() if not (n in tied and t is state.get(tied[n]))}
     stand_ins: dict[int, tuple[str, QuantizedParameter]] = {}
     shown: dict[str, Tensor] = {}
+    stacks: dict[str, QuantizedParameter] = {}
     for name, tensor in once.items():
         shown[name] = tensor
-        if isinstance(tensor, QuantizedParameter):
+        if isinstance(tensor, QuantizedParameter) and tensor.ndim == 3:
+            del shown[name]
+            stacks[name] = tensor
+        elif isinstance(tensor, QuantizedParameter):
             shown[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             stand_ins[id(shown[name])] = (name, tensor)
         elif tensor.is_meta:
@@ -174,7 +180,21 @@ def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, QuantizedPara
     if stand_ins:
         name, _ = next(iter(stand_ins.values()))
         raise CheckpointError(f"{name}: stored in parts, which is not in this version for quantized ones")
+    for name, stack in stacks.items():
+        quantized |= _experts(model, name, stack)
     return dense, quantized
+
+
+def _experts(model: nn.Module, name: str, stack: QuantizedParameter) -> dict[str, QuantizedParameter]:
+    """The matrices that checkpoints keep a stack of experts in."""
+    spec, weight = stack.packed.spec, stack.quantized_weight()
+    assert spec.experts is not None
+    cut = skeleton.parts(model, name, spec.experts, spec.out_features, stack.transposed)
+    made = {}
+    for module, (expert, start, stop) in cut.items():
+        part = rows_of(weight.expert(expert), start, stop)
+        made[module] = QuantizedParameter(PackedWeight(part, stack.scheme, None), module)
+    return made
 
 
 def _heads(model: Any, dense: Mapping[str, Tensor], quantized: Mapping[str, QuantizedParameter]) -> set[str]:
