@@ -53,13 +53,15 @@ test-npu-stub:  ## the Ascend tests on the real torch_npu, without an NPU (Linux
 	PYTHON=$(PYTHON) tests/npu_stub/run.sh .cache/npu_stub
 
 bench: $(READY)  ## the tables of examples/benchmarks/results
-	@echo "== benchmarks: half an hour, on an otherwise idle machine"
+	@echo "== benchmarks: an hour, on an otherwise idle machine"
 	$(PIP) -e ".[bench]"
 	$(BIN)/python examples/benchmarks/decode.py --out examples/benchmarks/results/decode.md
 	$(BIN)/python examples/benchmarks/decode.py --prompt 64 --out examples/benchmarks/results/decode-short.md
 	$(BIN)/python examples/benchmarks/cpu_rows.py --out examples/benchmarks/results/cpu_rows.md
 	$(BIN)/python examples/benchmarks/passes.py --out examples/benchmarks/results/passes.md
-	$(BIN)/python examples/benchmarks/cpu_rows.py --out examples/benchmarks/results/cpu_rows.md
+	$(BIN)/python examples/benchmarks/experts.py --out examples/benchmarks/results/experts.md
+	$(BIN)/python examples/benchmarks/accuracy.py --grids "4 bits, g64, sym" --settings act_group_aware \
+		"default: act_group_aware, scale_search, gptaq" --out examples/benchmarks/results/accuracy.md
 
 format: $(READY)  ## sort imports, mend what ruff can, format
 	@echo "== format: ruff"
