@@ -388,7 +388,7 @@ def test_resume_needs_stages(tmp_path: Path) -> None:
 def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     before = copy.deepcopy(model.state_dict())
-    solve, calls = calibration_module._solve, []
+    solve, calls = calibration_module.solve, []
 
     def interrupted(*args: Any) -> None:
         calls.append(args)
@@ -396,7 +396,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         solve(*args)
 
-    monkeypatch.setattr(calibration_module, "_solve", interrupted)
+    monkeypatch.setattr(calibration_module, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, batches())
     after = model.state_dict()
