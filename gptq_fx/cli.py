@@ -20,7 +20,7 @@ import gptq_fx
 from gptq_fx import measure
 from gptq_fx.checkpoint.inspect import Inspection
 from gptq_fx.checkpoint.inspect import inspect as inspect_checkpoint
-from gptq_fx.checkpoint.write import check_target
+from gptq_fx.checkpoint.publish import check_target
 from gptq_fx.errors import ConfigError, GPTQError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -18,7 +18,7 @@ class Measured:
 
     loss: ||X (W - Wq)^T||^2 / ||X W^T||^2 over the calibration tokens, the relative error of the output.
     tokens: how many inputs it saw, all experts of a stack together. damp: the damp_percent it took.
-    seconds: its part of its stage.
+    seconds: its part of solving its stage.
     """
 
     loss: float

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,43 +10,12 @@ from torch import Tensor
 
 from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
-from gptq_fx.ops import define_opaque
-from gptq_fx.packed import PackedWeight, live
+from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
+from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
 aten = torch.ops.aten
-
-
-@define_opaque(
-    "handle_linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor",
-    fake=lambda x, handle, bias, out_features: x.new_empty(*x.shape[:-1], out_features),
-)
-def handle_linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """x [*, K] -> [*, N] by the weight that `handle` names: for graphs that other backends trace."""
-    return live(handle).linear(x, bias)
-
-
-@define_opaque(
-    "handle_grouped(Tensor x, Tensor handle, Tensor ends, int out_features) -> Tensor",
-    fake=lambda x, handle, ends, out_features: x.new_empty(x.shape[0], out_features),
-)
-def handle_grouped(x: Tensor, handle: Tensor, ends: Tensor, out_features: int) -> Tensor:
-    """x [S, K] -> [S, N] by the experts that `handle` names, as QuantizedParameter.grouped."""
-    return live(handle).grouped(x, ends)
-
-
-@define_opaque(
-    "handle_experts(Tensor handle, Tensor ids, int[] shape, ScalarType dtype) -> Tensor",
-    fake=lambda handle, ids, shape, dtype: ids.new_empty(*ids.shape, *shape, dtype=dtype),
-)
-def handle_experts(handle: Tensor, ids: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The dense weights [*ids.shape, N, K] of some experts, in the order of `shape` ([K, N] too)."""
-    weight = live(handle).unpacked()
-    found = [weight.expert(e).dequantize(dtype) for e in ids.flatten().tolist()]
-    dense = torch.stack(found) if found else ids.new_empty(0, *shape, dtype=dtype)
-    dense = dense if dense.shape[1:] == tuple(shape) else dense.mT
-    return dense.reshape(*ids.shape, *shape).contiguous()
 
 
 # What transposes arrive as -> the name they have in `spelling`.

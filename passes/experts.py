@@ -8,7 +8,7 @@ bmm(x[E, M, K], W), x @ W, einsum          each expert has as many rows
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ Found = tuple[fx.Node, bool, ExpertsCall]
 Through = Callable[[Any], tuple[fx.Node | None, bool]]
 
 
-def read(node: fx.Node, stacks: Sequence[fx.Node] | set[fx.Node], through: Through) -> Found | None:
+def read(node: fx.Node, stacks: Collection[fx.Node], through: Through) -> Found | None:
     """The call on one of `stacks` (placeholders of [E, *, *]) that a node of the graph is, or None."""
     if node.op not in ("call_function", "call_method"):
         return None
@@ -79,9 +79,7 @@ def _is_product(equation: Any) -> bool:
     return bool(n) and equation.replace(" ", "") == f"{e}{m}{k},{e}{k}{n}->{e}{m}{n}"
 
 
-def _picked(
-    node: Any, stacks: Sequence[fx.Node] | set[fx.Node], through: Through
-) -> tuple[fx.Node, fx.Node, bool] | None:
+def _picked(node: Any, stacks: Collection[fx.Node], through: Through) -> tuple[fx.Node, fx.Node, bool] | None:
     """(W, ids, flipped) of W[ids], with one expert for each row."""
     picked, outer = through(node)
     if picked is None or picked.target not in GETITEM or len(picked.args) != 2:

@@ -398,7 +398,7 @@ def test_a_crash_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def crash(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(write, "_sync", crash)
+    monkeypatch.setattr(write, "sync", crash)
     with pytest.raises(KeyboardInterrupt):
         gptq_fx.save_pretrained(model, tmp_path / "out")
     assert not any(tmp_path.iterdir())

@@ -5,10 +5,10 @@ import torch
 from tolerances import LINEAR, relative_error
 
 from gptq_fx import QuantizedWeight, Scheme
+from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
 from gptq_fx.kernels import LinearSpec, grouped, kernels
 from gptq_fx.ops import linear
 from gptq_fx.packed import PackedWeight
-from gptq_fx.parameter import handle_experts, handle_grouped, handle_linear
 from gptq_fx.scheme import BITS
 
 K, N = 64, 32

@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gptq_fx.checkpoint import skeleton
 from gptq_fx.checkpoint.describe import describe
 from gptq_fx.checkpoint.files import INDEX, SINGLE
+from gptq_fx.checkpoint.names import dense_linears, heads_of, is_conv1d, named
+from gptq_fx.checkpoint.publish import check_target, publish, sync
 from gptq_fx.checkpoint.readers import Reader, Stored, readers
-from gptq_fx.checkpoint.tensors import rows_of
 from gptq_fx.errors import CheckpointError
-from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.weight import QuantizedWeight, packed_rows
 
@@ -94,14 +93,14 @@ def save_pretrained(
     if config is None or not hasattr(config, "to_json_file"):
         raise CheckpointError(f"{type(model).__name__}: has no config. Legal: a model of transformers")
     check_target(target, overwrite)
-    dense, quantized = _named(model)
+    dense, quantized = named(model)
     if not quantized:
         raise CheckpointError(f"{type(model).__name__}: nothing is quantized. Legal: after gptq_fx.quantize")
-    heads = _heads(model, dense, quantized)
+    heads = heads_of(model, dense, quantized)
     schemes = {name: p.scheme for name, p in quantized.items()}
     # no module of its own tells which way a bare matrix lies
-    bare = [n for n, p in quantized.items() if p.transposed and not _is_conv1d(model, p)]
-    linears = _dense_linears(model, dense)
+    bare = [n for n, p in quantized.items() if p.transposed and not is_conv1d(model, p)]
+    linears = dense_linears(model, dense)
     described = describe(schemes, linears, heads, bare)
     scales = _scales_dtype(quantized)
     v1 = described["checkpoint_format"] == "gptq"
@@ -114,11 +113,11 @@ def save_pretrained(
         _write_tensors(partial, units, limit)
         _write_configs(partial, model, described)
         notes = _carry(partial, model, tokenizer)
-        _sync(partial)
+        sync(partial)
         files = tuple(sorted(p.name for p in partial.iterdir()))
         nbytes = sum(p.stat().st_size for p in partial.iterdir())
         partial.chmod(0o755)  # mkdtemp's folders are the owner's alone
-        _publish(partial, target)
+        publish(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -137,98 +136,6 @@ def _bytes(size: int | str) -> int:
     if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
         raise CheckpointError(f"max_shard_size={size!r}. Legal: a number of bytes, or such as '5GB'")
     return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise CheckpointError where save_pretrained would refuse the folder."""
-    if not (target.exists() or target.is_symlink()) or (target.is_dir() and not any(target.iterdir())):
-        return
-    ours = target.is_dir() and not target.is_symlink() and (target / "quantize_config.json").is_file()
-    if not ours:
-        raise CheckpointError(f"{target}: exists, and is no quantized checkpoint. Legal: a new folder")
-    if not overwrite:
-        raise CheckpointError(f"{target}: exists. Legal: a new folder, or overwrite=True")
-
-
-def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, QuantizedParameter]]:
-    """Dense tensors, and quantized parameters by module, both under the names of checkpoints."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    state = model.state_dict(keep_vars=True)
-    once = {n: t for n, t in state.items() if not (n in tied and t is state.get(tied[n]))}
-    stand_ins: dict[int, tuple[str, QuantizedParameter]] = {}
-    shown: dict[str, Tensor] = {}
-    stacks: dict[str, QuantizedParameter] = {}
-    for name, tensor in once.items():
-        shown[name] = tensor
-        if isinstance(tensor, QuantizedParameter) and tensor.ndim == 3:
-            del shown[name]
-            stacks[name] = tensor
-        elif isinstance(tensor, QuantizedParameter):
-            shown[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            stand_ins[id(shown[name])] = (name, tensor)
-        elif tensor.is_meta:
-            raise CheckpointError(f"{name}: is on the meta device, without numbers to save")
-    dense: dict[str, Tensor] = {}
-    quantized: dict[str, QuantizedParameter] = {}
-    for name, tensor in skeleton.checkpoint_names(model, shown).items():
-        if id(tensor) in stand_ins:
-            quantized[name.removesuffix(".weight")] = stand_ins.pop(id(tensor))[1]
-        elif tensor.is_meta:
-            raise CheckpointError(f"{name}: stored in parts, which is not in this version for quantized ones")
-        else:
-            dense[name] = tensor.detach()
-    if stand_ins:
-        name, _ = next(iter(stand_ins.values()))
-        raise CheckpointError(f"{name}: stored in parts, which is not in this version for quantized ones")
-    for name, stack in stacks.items():
-        quantized |= _experts(model, name, stack)
-    return dense, quantized
-
-
-def _experts(model: nn.Module, name: str, stack: QuantizedParameter) -> dict[str, QuantizedParameter]:
-    """The matrices that checkpoints keep a stack of experts in."""
-    spec, weight = stack.packed.spec, stack.quantized_weight()
-    assert spec.experts is not None
-    cut = skeleton.parts(model, name, spec.experts, spec.out_features, stack.transposed)
-    made = {}
-    for module, (expert, start, stop) in cut.items():
-        part = rows_of(weight.expert(expert), start, stop)
-        made[module] = QuantizedParameter(PackedWeight(part, stack.scheme, None), module)
-    return made
-
-
-def _heads(model: Any, dense: Mapping[str, Tensor], quantized: Mapping[str, QuantizedParameter]) -> set[str]:
-    """The names of the output projection."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
-    names = {n for n, p in quantized.items() if p is weight}
-    names |= {n for n in (*dense, *quantized) if n.rpartition(".")[2] in ("lm_head", "embed_out")}
-    if isinstance(weight, Tensor) and not isinstance(weight, QuantizedParameter):
-        place = weight.data_ptr()
-        names |= {n.removesuffix(".weight") for n, t in dense.items() if t.data_ptr() == place}
-    return names
-
-
-def _dense_linears(model: nn.Module, dense: Mapping[str, Tensor]) -> list[str]:
-    """The linears that stay dense: readers quantize every linear that no rule leaves out."""
-    linears, tables = set(), set()
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or isinstance(weight, QuantizedParameter):
-            continue
-        if isinstance(module, nn.Linear) or skeleton.is_conv1d(module):
-            linears.add(weight.data_ptr())
-        elif isinstance(module, nn.Embedding):
-            tables.add(weight.data_ptr())
-    return [
-        name.removesuffix(".weight")
-        for name, tensor in dense.items()
-        if name.endswith(".weight") and tensor.data_ptr() in linears - tables
-    ]
-
-
-def _is_conv1d(model: nn.Module, parameter: QuantizedParameter) -> bool:
-    return any(skeleton.is_conv1d(m) and m.weight is parameter for m in model.modules())
 
 
 def _scales_dtype(quantized: Mapping[str, QuantizedParameter]) -> torch.dtype:
@@ -345,39 +252,3 @@ def _cached_tokenizer(name: str, folder: Path) -> bool:
 
 def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Give the folder its final name. A checkpoint that was there steps aside first, and is then removed.
-
-    No system call known everywhere swaps two folders: a crash between the two renames leaves nothing
-    under the final name, and both checkpoints whole beside it.
-    """
-    old = None
-    if target.is_dir() and any(target.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        target.rename(old)
-    elif target.is_dir():
-        target.rmdir()
-    try:
-        partial.rename(target)
-    except BaseException:
-        if old is not None:
-            old.rename(target)
-        raise
-    number = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)

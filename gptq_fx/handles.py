@@ -1,0 +1,42 @@
+"""The ops that take a quantized weight by its handle: what eager code and other backends trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptq_fx.ops import define_opaque
+from gptq_fx.packed import live
+
+
+@define_opaque(
+    "handle_linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor",
+    fake=lambda x, handle, bias, out_features: x.new_empty(*x.shape[:-1], out_features),
+)
+def handle_linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """x [*, K] -> [*, N] by the weight that `handle` names: for graphs that other backends trace."""
+    return live(handle).linear(x, bias)
+
+
+@define_opaque(
+    "handle_grouped(Tensor x, Tensor handle, Tensor ends, int out_features) -> Tensor",
+    fake=lambda x, handle, ends, out_features: x.new_empty(x.shape[0], out_features),
+)
+def handle_grouped(x: Tensor, handle: Tensor, ends: Tensor, out_features: int) -> Tensor:
+    """x [S, K] -> [S, N] by the experts that `handle` names, as QuantizedParameter.grouped."""
+    return live(handle).grouped(x, ends)
+
+
+@define_opaque(
+    "handle_experts(Tensor handle, Tensor ids, int[] shape, ScalarType dtype) -> Tensor",
+    fake=lambda handle, ids, shape, dtype: ids.new_empty(*ids.shape, *shape, dtype=dtype),
+)
+def handle_experts(handle: Tensor, ids: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The dense weights [*ids.shape, N, K] of some experts, in the order of `shape` ([K, N] too)."""
+    weight = live(handle).unpacked()
+    found = [weight.expert(e).dequantize(dtype) for e in ids.flatten().tolist()]
+    dense = torch.stack(found) if found else ids.new_empty(0, *shape, dtype=dtype)
+    dense = dense if dense.shape[1:] == tuple(shape) else dense.mT
+    return dense.reshape(*ids.shape, *shape).contiguous()
