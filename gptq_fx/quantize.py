@@ -259,6 +259,8 @@ def _report_others(
         kind, reason = "other", "not the weight of a linear module; compiling sees it in the graph"
         if key in tables:
             kind, reason = "embedding", "embedding tables are looked up, not multiplied"
+            if key in reached and reached[key].scheme is not None:
+                reason = "multiplied too, but its only place is this table: there is no module to untie"
         else:
             if key in reached and reached[key].refused:
                 kind, reason = reached[key].kind, reached[key].decision.reason

@@ -248,6 +248,21 @@ def test_a_linear_without_a_module_and_one_without_inputs() -> None:
     assert (model(x) - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_an_output_projection_that_is_only_a_table_says_so() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(96, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.table(ids), self.table.weight)
+
+    model = Tied().requires_grad_(False)
+    report = quantize(model, [{"ids": batches(1)[0]["input_ids"]}], lm_head=True)
+    assert not codes(model)
+    assert "no module to untie" in site(report, "table").reason
+
+
 def test_few_tokens_work_and_are_reported() -> None:
     report = quantize(llama(), batches(1, (1, 5)))
     reason = site(report, "model.layers.0.mlp.down_proj").reason

@@ -138,6 +138,24 @@ def test_searched_scales_lower_the_error() -> None:
     assert searched < 0.95 * plain
 
 
+def test_scales_are_searched_for_what_an_error_in_a_feature_costs() -> None:
+    """scale_search weighs errors by diag(H); mse alone does not. Each is best by its own measure."""
+    W, x = weights(64, 256), inputs(256, 1024, outliers=12)
+    loud = hessian(x).matrix.diagonal() / len(x)
+
+    def cost(how: Settings, importance: Tensor) -> float:
+        scales = gptq(W, hessian(x), Scheme(3, 64), how, torch.float32).scales
+        groups = W.T.unflatten(0, (-1, 64))
+        codes = round_to_grid(groups, scales, None, 3)
+        error = ((codes.float() - 4) * scales.unsqueeze(1) - groups).square()
+        return float((error.flatten(0, 1) * importance[:, None]).sum())
+
+    weighted = Settings(static_groups=True, gptaq=0.0)
+    plain = Settings(static_groups=True, gptaq=0.0, scale_search=False, mse=2.0)
+    assert cost(weighted, loud) < 0.95 * cost(plain, loud)
+    assert cost(plain, torch.ones(256)) < cost(weighted, torch.ones(256))
+
+
 def test_drift_of_the_inputs_is_made_up_for() -> None:
     original = inputs(128, 1024)
     x = original + 0.2 * inputs(128, 1024, seed=9)
