@@ -100,8 +100,14 @@ def _many_rows_samples():
 
 SAMPLES = {
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
-    # checked in kernels/test_ascend.py, where its op of torch_npu is emulated
-    "gptq::ascend_grouped_linear": (torch.ops.gptq.ascend_grouped_linear.default, lambda: ()),
+    # those for stacks are checked in kernels/, beside the device or emulation that they need
+    **{
+        op.name(): (op, lambda: ())
+        for k in kernels()
+        if k.experts is not None
+        for op in (k.experts.grouped, k.experts.indexed, k.experts.block)
+        if op is not None
+    },
     "gptq::handle_linear": (handle_linear, _handle_samples),
     "gptq::handle_grouped": (handle_grouped, _handle_grouped_samples),
     "gptq::experts": (block.experts, _block_samples),

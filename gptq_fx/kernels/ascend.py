@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from gptq_fx.kernels import ascend_experts, ascend_layout
-from gptq_fx.kernels.registry import Kernel, LinearSpec, register
+from gptq_fx.kernels.block import ACTIVATIONS
+from gptq_fx.kernels.registry import ExpertOps, Kernel, LinearSpec, register
 from gptq_fx.ops import define
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -113,8 +114,8 @@ def supports_block(gate_up: LinearSpec, down: LinearSpec, activation: str) -> st
     for name, spec in (("gate_up", gate_up), ("down", down)):
         if reason := supports_stack(spec):
             return f"{name}: {reason}"
-    if activation not in ascend_experts.ACTIVATIONS:
-        return f"activation {activation!r} is none of {', '.join(ascend_experts.ACTIVATIONS)}"
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} is none of {', '.join(ACTIVATIONS)}"
     return None
 
 
@@ -166,6 +167,13 @@ ASCEND = register(
         cut=ascend_layout.cut,
         note=note,
         stacks=True,
+        experts=ExpertOps(
+            supports=supports_stack,
+            grouped=ascend_experts.ascend_grouped_linear,
+            indexed=ascend_experts.ascend_indexed_linear,
+            block=ascend_experts.ascend_experts,
+            block_supports=supports_block,
+        ),
     )
 )
 

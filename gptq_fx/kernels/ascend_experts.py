@@ -4,7 +4,7 @@ A block is route, gate and up, activation, down, weighted sum:
 
     npu_moe_init_routing_v2   x [T, H], ids [T, k] -> rows [T k, H] sorted by expert, where each went, counts
     npu_grouped_matmul        [T k, H] -> [T k, 2 I]
-    npu_swiglu                [T k, 2 I] -> [T k, I]
+    npu_swiglu                [T k, 2 I] -> [T k, I]; plain torch for other activations than silu
     npu_grouped_matmul        [T k, I] -> [T k, H]
     npu_moe_token_unpermute   -> [T, H], the sum over k of weights * rows
 
@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from gptq_fx.kernels.block import ACTIVATIONS
 from gptq_fx.kernels.registry import Tensors
 from gptq_fx.ops import define
-
-ACTIVATIONS = ("silu",)
 
 
 @define(
@@ -165,6 +164,7 @@ def _biased(y: Tensor, bias: Tensor | None, expert: Tensor | None) -> Tensor:
 
 def _activate(h: Tensor, activation: str) -> Tensor:
     """[S, 2 I] -> [S, I]"""
-    assert activation in ACTIVATIONS
-    result: Tensor = torch.ops.npu.npu_swiglu(h.contiguous())
-    return result
+    if activation == "silu":
+        y: Tensor = torch.ops.npu.npu_swiglu(h.contiguous())
+        return y
+    return ACTIVATIONS[activation](h)

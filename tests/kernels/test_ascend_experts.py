@@ -11,11 +11,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from gptq_fx import QuantizedWeight
 from gptq_fx.kernels import ascend, ascend_layout
 from gptq_fx.kernels.ascend_experts import (
-    ACTIVATIONS,
     ascend_experts,
     ascend_grouped_linear,
     ascend_indexed_linear,
 )
+from gptq_fx.kernels.block import ACTIVATIONS
 
 __all__ = ["emulated"]  # the fixture, which pytest finds by its name
 
