@@ -16,7 +16,8 @@ from torch._dynamo.backends.registry import lookup_backend
 from gptq_fx import passes
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import decide, restore_marks
-from gptq_fx.errors import GPTQError, SchemeMismatchError
+from gptq_fx.errors import ConfigError, GPTQError, SchemeMismatchError
+from gptq_fx.kernels import default_inner_backend
 from gptq_fx.names import full_path, parameter_names, running_module
 from gptq_fx.options import Options
 from gptq_fx.parameter import QuantizedParameter
@@ -117,15 +118,12 @@ class Compiled:
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         # Quantized weights have no gradient: a graph that holds some is compiled for inference.
         with torch.no_grad() if self.replaces else contextlib.nullcontext():
-            if self.options.inner_backend == "inductor":
-                from torch._inductor.compile_fx import compile_fx
-
-                mode = self.options.mode
-                patches = torch._inductor.list_mode_options(mode) if mode else None
-                compiled: Any = compile_fx(graph, inputs, config_patches=patches)
-                return compiled  # type: ignore[no-any-return]
-            inner = lookup_backend(self.options.inner_backend)
-            return inner(graph, inputs)
+            name = self.options.inner_backend
+            if name is None:
+                name = default_inner_backend(v.device.type for v in inputs if isinstance(v, Tensor))
+                log.info("inner backend: %s", name)
+            compiled: Callable[..., Any] = _inner_backend(name, self.options.mode)(graph, inputs)
+            return compiled
 
     def __call__(self, *args: Any) -> Any:
         if self.lifted is not None:
@@ -168,6 +166,16 @@ class Compiled:
                     "config) before compiling: torch.compile then tells the two apart"
                 )
             self.known[id(weight)] = weakref.ref(weight)
+
+
+def _inner_backend(name: str, mode: str | None) -> Callable[..., Any]:
+    if name == "inductor":
+        # The way of torch.compile itself: makers of devices hook their part of Inductor in here.
+        return torch._TorchCompileInductorWrapper(mode, None, None)
+    try:
+        return lookup_backend(name)
+    except Exception as error:  # an entry point may import anything
+        raise ConfigError(f"inner_backend {name!r} is registered, but does not load: {error}") from error
 
 
 @functools.cache

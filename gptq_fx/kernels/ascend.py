@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from gptq_fx.kernels import ascend_experts, ascend_layout
 from gptq_fx.kernels.block import ACTIVATIONS
-from gptq_fx.kernels.registry import ExpertOps, Kernel, LinearSpec, register
+from gptq_fx.kernels.registry import ExpertOps, Kernel, LinearSpec, prefer_inner_backends, register
 from gptq_fx.ops import define
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -192,3 +192,6 @@ ASCEND_NZ = register(
         note=note_nz,
     )
 )
+
+# What torch_npu recommends for inference; where it has none, its ops one by one, as they stand in the graph.
+prefer_inner_backends("npu", "npugraph_ex", "aot_eager")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -181,3 +181,21 @@ def choose_kernel(spec: LinearSpec, wanted: str = "auto", site: str = "") -> tup
     shape = f"{list(spec.shape)} {spec.scheme} {spec.dtype} on {spec.device}"
     what = "no kernel" if wanted == "auto" else f"kernel {wanted!r} cannot"
     raise KernelError(f"{where}{what} run{'s' * (wanted == 'auto')} {shape}. " + "; ".join(refusals))
+
+
+# What compiles the rewritten graph on a device where the user does not say, the preferred one first.
+_INNER_BACKENDS: dict[str, tuple[str, ...]] = {}
+
+
+def prefer_inner_backends(device: str, *names: str) -> None:
+    """Say what should compile graphs on tensors of a device type. Raises KernelError if somebody did."""
+    if device in _INNER_BACKENDS:
+        raise KernelError(f"inner backends for {device} are registered already")
+    _INNER_BACKENDS[device] = names
+
+
+def default_inner_backend(devices: Iterable[str]) -> str:
+    """The first that Dynamo knows of those for the first of `devices` that has some, else "inductor"."""
+    names = next((_INNER_BACKENDS[device] for device in devices if device in _INNER_BACKENDS), ())
+    known = torch._dynamo.list_backends(exclude_tags=())
+    return next((name for name in names if name in known), "inductor")

@@ -14,9 +14,10 @@ from graphs import after
 from tolerances import LINEAR, relative_error
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 
 import gptq_fx
-from gptq_fx import GPTQConfig, Scheme
+from gptq_fx import ConfigError, GPTQConfig, KernelError, Scheme
 from gptq_fx.grid import round_to_nearest
 from gptq_fx.kernels import ascend, registry
 from gptq_fx.parameter import QuantizedParameter
@@ -138,22 +139,104 @@ npu.weight_quant_batchmatmul(bf16[6, 192], i32[192, 16], bf16[3, 128], bf16[3, 1
     )
 
 
-@pytest.mark.parametrize("name", ["npugraph_ex", "npu"])
+def taking(calls):
+    """A backend that notes the ops and the inputs that it gets, and the grad mode."""
+
+    def backend(gm, inputs):
+        calls.append((ops_of(gm, "gptq").count("gptq.ascend_linear("), len(inputs), torch.is_grad_enabled()))
+        return gm.forward
+
+    return backend
+
+
+def run(model, x, **options):
+    return torch.compile(model, backend="gptq", options={"group_size": 64, "kernel": "ascend", **options})(x)
+
+
+# x and four biases; q, k and v are one linear, gate and up too; each has weight and scales
+HANDED_OVER = [(4, 5 + 4 * 2, False)]
+
+
+@pytest.mark.parametrize("name", ["npugraph_ex", "npu", "aot_eager"])
 def test_the_graph_is_handed_to_the_named_backend(name, monkeypatch):
     """Those of torch_npu start only on an NPU: one of our own takes the name."""
     calls = []
-
-    def backend(gm, inputs):
-        calls.append((ops_of(gm, "gptq").count("gptq.ascend_linear("), len(inputs)))
-        return gm.forward
-
-    named(monkeypatch, name, backend)
+    named(monkeypatch, name, taking(calls))
     model, x = make(torch.bfloat16), torch.randn(5, 128).bfloat16()
-    options = {"group_size": 64, "inner_backend": name, "kernel": "ascend"}
-    y = torch.compile(model, backend="gptq", options=options)(x)
-    # x and four biases; q, k and v are one linear, gate and up too; each has weight and scales
-    assert calls == [(4, 5 + 4 * 2)]
+    y = run(model, x, inner_backend=name)
+    assert calls == HANDED_OVER
     assert relative_error(y, exact(model, Scheme(4, 64), x)) <= 2 * LINEAR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
+def test_inductor_is_called_as_torch_compile_does(mode, monkeypatch):
+    """torch_npu sets its code generation up in that class, and nowhere else."""
+    calls, configs = [], []
+
+    def call(self, gm, inputs):
+        configs.append(self.config)
+        return taking(calls)(gm, inputs)
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", call)
+    run(make(torch.bfloat16), torch.randn(5, 128).bfloat16(), inner_backend="inductor", mode=mode)
+    assert calls == HANDED_OVER
+    assert configs == [torch._inductor.list_mode_options(mode) if mode else {}]
+
+
+@pytest.mark.parametrize(
+    ("preferred", "taken"),
+    [
+        (("npugraph_ex", "aot_eager"), "npugraph_ex"),
+        (("no_such_backend", "aot_eager"), "aot_eager"),
+        ((), "inductor"),
+    ],
+)
+def test_what_the_device_prefers_is_the_default(preferred, taken, monkeypatch):
+    calls = []
+    monkeypatch.setattr(registry, "_INNER_BACKENDS", {"cpu": preferred, "npu": ("eager",)})
+    if taken == "inductor":
+        monkeypatch.setattr(
+            torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: taking(calls)(gm, inputs)
+        )
+    else:
+        named(monkeypatch, taken, taking(calls))
+    run(make(torch.bfloat16), torch.randn(5, 128).bfloat16())
+    assert calls == HANDED_OVER
+
+
+def test_a_mode_of_inductor_asks_for_inductor(monkeypatch):
+    monkeypatch.setattr(registry, "_INNER_BACKENDS", {"cpu": ("aot_eager",)})
+    calls = []
+    monkeypatch.setattr(
+        torch._TorchCompileInductorWrapper, "__call__", lambda self, gm, inputs: taking(calls)(gm, inputs)
+    )
+    run(make(torch.bfloat16), torch.randn(5, 128).bfloat16(), mode="max-autotune-no-cudagraphs")
+    assert calls == HANDED_OVER
+
+
+def test_what_the_npu_prefers(monkeypatch):
+    """torch_npu recommends npugraph_ex for inference; without it, ops run one by one."""
+    assert registry._INNER_BACKENDS["npu"] == ("npugraph_ex", "aot_eager")
+    assert registry.default_inner_backend(["cpu"]) == "inductor"
+    with pytest.raises(KernelError, match="inner backends for npu are registered already"):
+        registry.prefer_inner_backends("npu", "inductor")
+    named(monkeypatch, "npugraph_ex", taking([]))
+    assert registry.default_inner_backend(["cpu", "npu"]) == "npugraph_ex"
+
+
+def test_a_backend_that_does_not_load_says_so(monkeypatch):
+    """As torchair's does where npugraph_ex was loaded before it."""
+
+    class Broken:
+        def load(self):
+            raise ImportError("op_broadcast")
+
+    known = torch._dynamo.backends.registry
+    monkeypatch.setattr(known, "_BACKENDS", {**known._BACKENDS, "broken": Broken()})
+    with pytest.raises(BackendCompilerFailed) as failed:
+        run(make(torch.bfloat16), torch.randn(5, 128).bfloat16(), inner_backend="broken")
+    assert isinstance(failed.value.inner_exception, ConfigError)
+    assert "inner_backend 'broken' is registered, but does not load: op_broadcast" in str(failed.value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
