@@ -41,9 +41,10 @@ SCHEMAS = {
         "int row_idx_type=0, int? x_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "npu_swiglu": "(Tensor input, int dim=-1) -> Tensor",
-    "npu_moe_token_unpermute": (
-        "(Tensor permuted_tokens, Tensor sorted_indices, Tensor? probs=None, bool padded_mode=False, "
-        "int[]? restore_shape=None) -> Tensor"
+    "npu_moe_finalize_routing": (
+        "(Tensor expanded_permuted_rows, Tensor? skip1, Tensor? skip2, Tensor? bias, Tensor? scales, "
+        "Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, int? drop_pad_mode=0, int? k=1) "
+        "-> Tensor"
     ),
     "npu_convert_weight_to_int4pack": "(Tensor weight, int inner_k_tiles=0) -> Tensor",
     "npu_format_cast": (
@@ -202,22 +203,28 @@ def swiglu(input: Tensor, dim: int = -1) -> Tensor:
     return (gate * torch.sigmoid(gate) * up).to(input.dtype)
 
 
-def moe_token_unpermute(
-    permuted_tokens: Tensor,
-    sorted_indices: Tensor,
-    probs: Tensor | None = None,
-    padded_mode: bool = False,
-    restore_shape: list[int] | None = None,
+def moe_finalize_routing(
+    expanded_permuted_rows: Tensor,
+    skip1: Tensor | None,
+    skip2: Tensor | None,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    expanded_src_to_dst_row: Tensor,
+    export_for_source_row: Tensor | None,
+    drop_pad_mode: int = 0,
+    k: int = 1,
 ) -> Tensor:
-    check(not padded_mode and restore_shape is None and probs is not None, "not emulated")
-    check(permuted_tokens.dim() == probs.dim() == 2 and sorted_indices.dim() == 1, "dimensions")
-    check(sorted_indices.dtype == torch.int32, f"sorted_indices is {sorted_indices.dtype}")
-    check(probs.dtype == permuted_tokens.dtype, f"probs is {probs.dtype}, rows {permuted_tokens.dtype}")
-    check(probs.shape[1] <= 512 and probs.numel() == len(sorted_indices), f"probs is {list(probs.shape)}")
-    inside = int(sorted_indices.min()) >= 0 and int(sorted_indices.max()) < len(permuted_tokens)
-    check(inside, "sorted_indices leaves the rows")
-    rows = permuted_tokens.float()[sorted_indices].unflatten(0, tuple(probs.shape))
-    return (rows * probs.float().unsqueeze(-1)).sum(1).to(permuted_tokens.dtype)
+    rows, places = expanded_permuted_rows, expanded_src_to_dst_row
+    check(skip1 is skip2 is bias is export_for_source_row is None and scales is not None, "not emulated")
+    check(drop_pad_mode in (0, 2), "rows left out are not emulated")
+    check(rows.dim() == scales.dim() == 2 and places.dim() == 1, "dimensions")
+    check(places.dtype == torch.int32, f"expanded_src_to_dst_row is {places.dtype}")
+    check(scales.dtype == rows.dtype, f"scales is {scales.dtype}, the rows are {rows.dtype}")
+    check(rows.numel() > 0 and scales.numel() == len(places) == len(rows), f"scales is {list(scales.shape)}")
+    check(int(places.min()) >= 0 and int(places.max()) < len(rows), "an index leaves the rows")
+    n, k = scales.shape
+    by_token = places.view(n, k) if drop_pad_mode == 2 else places.view(k, n).T
+    return (rows.float()[by_token] * scales.float().unsqueeze(-1)).sum(1).to(rows.dtype)
 
 
 def format_cast(
@@ -242,7 +249,7 @@ KERNELS = {
     "npu_grouped_matmul": grouped_matmul,
     "npu_moe_init_routing_v2": moe_init_routing_v2,
     "npu_swiglu": swiglu,
-    "npu_moe_token_unpermute": moe_token_unpermute,
+    "npu_moe_finalize_routing": moe_finalize_routing,
     "npu_format_cast": format_cast,
     "npu_convert_weight_to_int4pack": convert_weight_to_int4pack,
 }
@@ -260,8 +267,8 @@ FAKES = {
         x.new_empty(expert_idx.numel(), dtype=torch.float32),
     ),
     "npu_swiglu": lambda input, dim=-1: torch.empty_like(input.chunk(2, dim)[0].contiguous()),
-    "npu_moe_token_unpermute": lambda permuted_tokens, sorted_indices, probs: permuted_tokens.new_empty(
-        probs.shape[0], permuted_tokens.shape[1]
+    "npu_moe_finalize_routing": lambda rows, skip1, skip2, bias, scales, *args, **kwargs: rows.new_empty(
+        scales.shape[0], rows.shape[1]
     ),
     "npu_format_cast": lambda input, acl_format: torch.empty_like(input),
     "npu_convert_weight_to_int4pack": lambda weight, inner_k_tiles=0: weight.new_empty(

@@ -6,10 +6,10 @@ A block is route, gate and up, activation, down, weighted sum:
     npu_grouped_matmul        [T k, H] -> [T k, 2 I]
     npu_swiglu                [T k, 2 I] -> [T k, I]; plain torch for other activations than silu
     npu_grouped_matmul        [T k, I] -> [T k, H]
-    npu_moe_token_unpermute   -> [T, H], the sum over k of weights * rows
+    npu_moe_finalize_routing  -> [T, H], the sum over k of weights * rows
 
-npu_moe_finalize_routing could end it as well, but its documents name Atlas A2 only. Shapes hang on no value
-of a tensor, and nothing waits for the device.
+Shapes hang on no value of a tensor, and nothing waits for the device. npu_moe_token_unpermute could end a
+block as well; but its kernel for autograd sets the device, so that nothing traces it without an NPU.
 """
 
 from __future__ import annotations
@@ -111,7 +111,16 @@ def ascend_experts(
     h = torch.where(real.unsqueeze(-1), h, 0)  # the last expert took the others, and might have overflown
     y = _biased(_grouped(h, down, ends), down_bias, expert)
     weights = torch.where(ids < E, weights, 0).to(x.dtype)
-    result: Tensor = torch.ops.npu.npu_moe_token_unpermute(y, places, weights)
+    result: Tensor = torch.ops.npu.npu_moe_finalize_routing(
+        y,
+        None,  # nothing to add
+        None,
+        None,  # no biases
+        weights,
+        places,
+        None,  # whose biases
+        drop_pad_mode=2,  # no row is dropped, and `places` goes by tokens, not by slots
+    )
     return result
 
 
@@ -149,7 +158,7 @@ def _route(x: Tensor, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor
         expert_tokens_num_flag=True,
         active_expert_range=[0, experts],
         quant_mode=-1,  # none
-        row_idx_type=0,  # indices to gather by, as npu_moe_token_unpermute takes them
+        row_idx_type=0,  # indices to gather by, as npu_moe_finalize_routing takes them
     )
     return rows, places, counts.cumsum(0)
 

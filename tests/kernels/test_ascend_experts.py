@@ -239,7 +239,7 @@ def npu_ops(graph):
     return [name.removeprefix("npu.npu_") for name in names if name.startswith(("npu.", "gptq."))]
 
 
-ROUTE, LINEAR_OP, BACK = "moe_init_routing_v2", "grouped_matmul", "moe_token_unpermute"
+ROUTE, LINEAR_OP, BACK = "moe_init_routing_v2", "grouped_matmul", "moe_finalize_routing"
 
 
 @pytest.mark.parametrize(
@@ -290,6 +290,27 @@ def test_opcheck():
 # --- the emulation
 
 
+def finalize(rows, places, weights, mode=2):
+    back = torch.ops.npu.npu_moe_finalize_routing
+    return back(rows, None, None, None, weights, places, None, drop_pad_mode=mode)
+
+
+def test_indices_by_token_go_with_mode_2_only():
+    """Those of npu_moe_init_routing_v2; mode 0, the default, takes those of v1, and would say nothing."""
+    x, ids = torch.randn(3, 8).half(), torch.tensor([[0, 1], [1, 0], [1, 0]], dtype=torch.int32)
+    rows, places, _, _ = torch.ops.npu.npu_moe_init_routing_v2(
+        x,
+        ids,
+        expert_num=2,
+        active_expert_range=[0, 2],
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
+    )
+    half = torch.full((3, 2), 0.5).half()
+    assert torch.equal(finalize(rows, places, half), x)
+    assert not torch.equal(finalize(rows, places, half, mode=0), x)
+
+
 def test_rows_of_experts_out_of_range_are_not_written():
     """Why ascend_experts leaves no row out: what the op does not write is whatever was there."""
     x, ids = torch.randn(3, 8).half(), torch.tensor([[0, 2], [2, 1], [1, 0]], dtype=torch.int32)
@@ -301,7 +322,7 @@ def test_rows_of_experts_out_of_range_are_not_written():
     assert torch.equal(rows[:4], x[[0, 2, 1, 2]])
     assert rows[4:].isnan().all()
     with pytest.raises(RuntimeError, match="leaves the rows"):
-        torch.ops.npu.npu_moe_token_unpermute(rows, places, torch.ones(3, 2).half())
+        finalize(rows, places, torch.ones(3, 2).half())
 
 
 def test_what_the_emulation_refuses():
@@ -315,10 +336,9 @@ def test_what_the_emulation_refuses():
     with pytest.raises(RuntimeError, match="does not exist"):
         route(x, ids + 2, **known)
     rows, places, _, _ = route(x, ids, **known)
-    back = torch.ops.npu.npu_moe_token_unpermute
-    with pytest.raises(RuntimeError, match=r"probs is torch\.float32"):
-        back(rows, places, torch.ones(3, 2))
-    with pytest.raises(RuntimeError, match=r"sorted_indices is torch\.int64"):
-        back(rows, places.long(), torch.ones(3, 2).half())
+    with pytest.raises(RuntimeError, match=r"scales is torch\.float32"):
+        finalize(rows, places, torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match=r"expanded_src_to_dst_row is torch\.int64"):
+        finalize(rows, places.long(), torch.ones(3, 2).half())
     with pytest.raises(RuntimeError, match="strided"):
         torch.ops.npu.npu_swiglu(torch.randn(4, 6).half().T)

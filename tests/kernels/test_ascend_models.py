@@ -459,7 +459,7 @@ npu.moe_init_routing_v2(bf16[3, 64], i32[3, 2], expert_num=5, expert_tokens_num_
 npu.grouped_matmul([bf16[6, 64]], [i32[4, 64, 32]], antiquant_scale=[bf16[4, 2, 256]], antiquant_offset=[bf16[4, 2, 256]], group_list=i64[4], split_item=2, group_type=0)
 npu.swiglu(bf16[6, 256])
 npu.grouped_matmul([bf16[6, 128]], [i32[4, 128, 8]], antiquant_scale=[bf16[4, 4, 64]], antiquant_offset=[bf16[4, 4, 64]], group_list=i64[4], split_item=2, group_type=0)
-npu.moe_token_unpermute(bf16[6, 64], i32[6], bf16[3, 2])""",
+npu.moe_finalize_routing(bf16[6, 64], -, -, -, bf16[3, 2], i32[6], -, 2)""",
     )
 
 
