@@ -288,6 +288,15 @@ def test_what_fits_becomes_fractal_nz(spec, reason, dtype):
     assert same(HERE_NZ.unpack(tensors, spec).tensors, weight.tensors)
 
 
+@pytest.mark.parametrize("size", [64, 128, -1])
+@every_dtype
+def test_fractal_nz_keeps_the_contract(size, dtype):
+    for bits, sym in ((4, True), (4, False), (3, False), (8, False)):
+        contract.test_numbers(HERE_NZ, "cpu", bits, sym, dtype, size)
+        contract.test_unpack_undoes_pack_bit_by_bit(HERE_NZ, "cpu", bits, sym, dtype, size)
+        contract.test_a_cut_of_a_merged_pack_is_the_pack_of_the_part(HERE_NZ, "cpu", bits, sym, dtype, size)
+
+
 def test_the_emulation_refuses_fractal_nz_where_the_op_does():
     for spec in (make_spec(size=32), make_spec(size=-1), make_spec(N=96), make_spec(bits=8)):
         tensors = ascend_layout.pack_nz(make(spec), spec, True)

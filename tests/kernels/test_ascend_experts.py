@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import test_contract_experts as contract
 import torch
-from test_ascend import emulated, every_dtype, every_grid, every_width, make, make_spec, same
+from test_ascend import HERE, emulated, every_dtype, every_grid, every_width, make, make_spec, same
 from tolerances import LINEAR, relative_error
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -88,6 +89,16 @@ def test_rows_with_ids(bits, size, sym, dtype):
         y = ascend_indexed_linear(x, *tensors, ids, ascend.op_group(spec))
         assert (y.shape, y.dtype) == ((len(ids), spec.out_features), dtype)
         assert relative_error(y, torch.einsum("sk,snk->sn", x.double(), dense[ids])) <= LINEAR[dtype]
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (4, -1), (8, 32), (8, -1)])
+@every_dtype
+def test_the_contract_of_every_kernel_for_stacks(bits, size, dtype):
+    for sym in (True, False):
+        contract.test_rows_sorted_by_expert(HERE, "cpu", bits, size, sym, dtype)
+        contract.test_rows_with_ids(HERE, "cpu", bits, size, sym, dtype)
+    for activation in ACTIVATIONS:
+        contract.test_blocks(HERE, "cpu", bits, size, dtype, activation, True)
 
 
 def test_no_rows():
