@@ -50,6 +50,24 @@ def _and_or(word, mask, bits, PTX: tl.constexpr):
 
 
 @triton.jit
+def _subtract(pair, offset, dtype: tl.constexpr):
+    """Two numbers of 16 bits at a time."""
+    if dtype == tl.bfloat16:  # compute capability 8 has no subtraction of bf16, but this
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 m; mov.b32 m, 0xBF80BF80; fma.rn.bf16x2 $0, $2, m, $1; }",
+            "=r,r,r",
+            [pair, offset],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "sub.f16x2 $0, $1, $2;", "=r,r,r", [pair, offset], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def _pair(word, high, zero, other, j: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
     """The integers q - z of slabs j and j + SLABS / 2, exact in dtype; the zeros of both."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
@@ -61,36 +79,22 @@ def _pair(word, high, zero, other, j: tl.constexpr, dtype: tl.constexpr, BITS: t
             pair |= ((high >> j) & 0x10001) << 2
         low = ((pair & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + zero)
         up = (((pair >> 16) & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + other)
-        return low.to(dtype), up.to(dtype)
-    # 128 + q in bf16, 1024 + q in fp16: q stands in the last bits of the mantissa
-    ONE: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-    pair = _and_or(word >> (WIDTH * j), MASK, ONE * 0x10001, PTX)
-    if BITS == 3:
-        pair |= ((high >> j) & 0x10001) << 2
-    if PTX:
-        offset = (zero | ONE) | ((other | ONE) << 16)
-        pair, offset = tl.broadcast(pair, offset)
-        if dtype == tl.bfloat16:
-            pair = tl.inline_asm_elementwise(
-                "{ .reg .b32 m; mov.b32 m, 0xBF80BF80; fma.rn.bf16x2 $0, $2, m, $1; }",
-                "=r,r,r",
-                [pair, offset],
-                dtype=tl.int32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            pair = tl.inline_asm_elementwise(
-                "sub.f16x2 $0, $1, $2;", "=r,r,r", [pair, offset], dtype=tl.int32, is_pure=True, pack=1
-            )
-        low = pair.to(tl.int16).to(dtype, bitcast=True)
-        up = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
-        return low, up
     else:
+        # 128 + q in bf16, 1024 + q in fp16: q stands in the last bits of the mantissa
+        ONE: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
         BASE: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
+        pair = _and_or(word >> (WIDTH * j), MASK, ONE * 0x10001, PTX)
+        if BITS == 3:
+            pair |= ((high >> j) & 0x10001) << 2
+        if PTX:
+            pair, offset = tl.broadcast(pair, (zero | ONE) | ((other | ONE) << 16))
+            pair = _subtract(pair, offset, dtype)
         low = pair.to(tl.int16).to(dtype, bitcast=True)
         up = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
-        return (low.to(tl.float32) - (zero + BASE)).to(dtype), (up.to(tl.float32) - (other + BASE)).to(dtype)
+        if not PTX:
+            low = low.to(tl.float32) - (zero + BASE)
+            up = up.to(tl.float32) - (other + BASE)
+    return low.to(dtype), up.to(dtype)
 
 
 @triton.jit

@@ -77,26 +77,28 @@ class Tile:
     stages: int = 3
 
 
-def gemv_tile(N: int, rows: int, device: torch.device) -> Tile:
-    """As many outputs a program as leave two programs for each multiprocessor."""
+def gemv_tile(weight: Packed, programs: int, rows: int, device: torch.device) -> Tile:
+    """As many outputs a program as leave two programs for each multiprocessor, and as registers can hold."""
     for BN in (64, 32):
-        if -(-N // BN) * rows >= 2 * processors(device):
+        fits = BN * rows * (2 if weight.bits < 4 else 1) <= 64
+        if fits and -(-weight.N // BN) * programs >= 2 * processors(device):
             return Tile(BN=BN, BB=8, warps=8)
-    return Tile(BN=16, BB=16, warps=8)
+    return Tile(BN=16, BB=8, warps=8)
 
 
-def matmul_tile(rows: int, dtype: torch.dtype) -> Tile:
+def matmul_tile(weight: Packed, rows: int, K: int, dtype: torch.dtype) -> Tile:
     """For `rows` rows of one weight, or of one expert on average."""
     if dtype == torch.float32:  # no tensor cores: what fits registers
         return Tile(BM=16, BN=32, warps=4, stages=2)
-    if rows <= 8:
-        return Tile(BM=8, BN=64, warps=4, stages=4)
+    # Of 2 and 3 bits, a block is twice as long as of 4, and so are its buffers in shared memory.
+    stages = 2 if weight.bits < 4 else 4
     if rows <= 16:
-        return Tile(BM=16, BN=64, warps=4, stages=4)
+        return Tile(BM=16, BN=64, warps=4, stages=stages)
     if rows <= 32:
-        return Tile(BM=32, BN=64, warps=4, stages=4)
-    if rows <= 64:
-        return Tile(BM=64, BN=128, warps=8, stages=4)
+        return Tile(BM=32, BN=64, warps=4, stages=stages)
+    constants = weight.constants(K)
+    if rows <= 64 or weight.bits < 4 or constants["RUN"] < constants["SLABS"]:
+        return Tile(BM=64, BN=128, warps=8, stages=stages)
     return Tile(BM=128, BN=128, warps=8, stages=3)
 
 
@@ -173,7 +175,7 @@ def _gemv(
     K = x.shape[1]
     rows_each = 2 if ids is None and rows > 1 else 1
     programs = -(-rows // rows_each)
-    tile = tile or gemv_tile(weight.N, programs, x.device)
+    tile = tile or gemv_tile(weight, programs, rows_each, x.device)
     triton_code.gemv[(-(-weight.N // tile.BN), programs)](
         x,
         weight.w,
@@ -203,7 +205,7 @@ def matmul(x: Tensor, weight: Packed, bias: Tensor | None, tile: Tile | None = N
     """x [M, K] -> [M, N]."""
     M, K = x.shape
     N = weight.N
-    tile = tile or matmul_tile(M, x.dtype)
+    tile = tile or matmul_tile(weight, M, K, x.dtype)
     tiles = -(-M // tile.BM) * -(-N // tile.BN)
     parts = split(tiles, weight.w.shape[-3], x.device)
     out = x.new_empty(M, N)
@@ -316,14 +318,14 @@ def grouped(x: Tensor, weight: Packed, ends: Tensor) -> Tensor:
     if S > 0:
         with _on(x):
             # the rows behind the last end are one expert more
-            tile, tiles = expert_tiles(S, weight.experts, weight.experts + 1, x.dtype)
+            tile, tiles = expert_tiles(x, weight, S, weight.experts + 1)
             _matmul(x, weight, None, ends, None, None, out, "", rows=S, tiles=tiles, tile=tile)
     return out
 
 
-def expert_tiles(slots: int, experts: int, kinds: int, dtype: torch.dtype) -> tuple[Tile, int]:
+def expert_tiles(x: Tensor, weight: Packed, slots: int, kinds: int) -> tuple[Tile, int]:
     """The tile, and how many tiles of rows there are at most, where each of `kinds` begins its own."""
-    tile = matmul_tile(max(slots // experts, 1), dtype)
+    tile = matmul_tile(weight, max(slots // weight.experts, 1), x.shape[1], x.dtype)
     return tile, slots // tile.BM + min(kinds, slots)
 
 
@@ -339,7 +341,7 @@ def indexed(x: Tensor, weight: Packed, ids: Tensor) -> Tensor:
             _gemv(x, weight, None, ids, None, out, "", rows=S, topk=1, share=1)
         else:
             order, ends = route(ids, weight.experts)
-            tile, tiles = expert_tiles(S, weight.experts, weight.experts, x.dtype)
+            tile, tiles = expert_tiles(x, weight, S, weight.experts)
             _matmul(x, weight, None, ends, order, None, out, "", rows=S, tiles=tiles, tile=tile)
     return out
 
@@ -384,11 +386,12 @@ def block(
             _gemv(h, second, second_bias, ids, weights, out, "", rows=T, topk=k, share=1)
             return out
         order, ends = route(ids, E)
-        tile, tiles = expert_tiles(slots, E, E, x.dtype)
+        tile, tiles = expert_tiles(x, first, slots, E)
         _matmul(
             x, first, first_bias, ends, order, None, h, activation, rows=slots, tiles=tiles, tile=tile, share=k
         )
         y = x.new_empty(slots, H)
+        tile, tiles = expert_tiles(h, second, slots, E)
         _matmul(h, second, second_bias, ends, order, weights, y, "", rows=slots, tiles=tiles, tile=tile)
         triton_route.weighted_sum[(T, -(-H // 1024))](y, ids, out, H, E, TOPK=k, BLOCK=1024)
     return out
