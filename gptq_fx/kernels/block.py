@@ -54,21 +54,18 @@ def run_block(
 
     Only experts that are hit do anything. An id of `experts` or more stands for no expert.
     """
-    act = ACTIVATIONS[activation]
     T, k = ids.shape
     order = ids.reshape(-1).argsort(stable=True)
     ends = torch.bincount(ids.reshape(-1), minlength=experts)[:experts].cumsum(0).tolist()
-    tokens = order // k
-    outputs: list[Tensor] = []
-    start = 0
-    for e, end in enumerate(ends):
-        if end > start:
-            rows = x if T == 1 else x[tokens[start:end]]
-            outputs.append(down(e, act(gate_up(e, rows))))
-            start = end
+    spans = [
+        (e, slice(*span)) for e, span in enumerate(zip([0, *ends], ends, strict=False)) if span[1] > span[0]
+    ]
     result = x.new_zeros(T * k, x.shape[-1])
-    if outputs:
-        result[order[:start]] = torch.cat(outputs)
+    if spans:
+        chosen = order[: ends[-1]]
+        rows = x.expand(len(chosen), -1) if T == 1 else x[chosen // k]
+        hidden = ACTIVATIONS[activation](torch.cat([gate_up(e, rows[span]) for e, span in spans]))
+        result[chosen] = torch.cat([down(e, hidden[span]) for e, span in spans])
     weighted = result.view(T, k, -1) * weights.unsqueeze(-1)
     return weighted.sum(1).to(x.dtype)
 
