@@ -1,7 +1,7 @@
-"""Our own kernels in Triton, for GPUs where no library takes the weight: linears, stacks of experts, MoE blocks.
+"""Our own kernels in Triton, for GPUs where no library takes the weight: linears, experts, MoE blocks.
 
-The files: triton.py says what is supported, the layout and the ops; triton_launch.py which kernel runs for how
-many rows; triton_code.py and triton_route.py are the kernels.
+The files: triton.py says what is supported, the layout and the ops; triton_launch.py which kernel runs for
+how many rows; triton_code.py and triton_route.py are the kernels.
 
 Layout: KB blocks of 16 * SLABS input features (SLABS = 16, 16, 8, 4 for 2, 3, 4, 8 bits; the last block is
 filled up with codes of 0). Feature k = (b * SLABS + j) * 16 + r lies in word r of block b:
@@ -38,7 +38,9 @@ def available() -> str | None:
     if not torch.cuda.is_available():
         return "no GPU is found"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return "compute capability 8.0 is needed, the GPU has {}.{}".format(*torch.cuda.get_device_capability())
+        return "compute capability 8.0 is needed, the GPU has {}.{}".format(
+            *torch.cuda.get_device_capability()
+        )
     return None
 
 
@@ -152,7 +154,7 @@ triton_linear = define_opaque(
 def triton_grouped(
     x: Tensor, w: Tensor, high: Tensor | None, scales: Tensor, zeros: Tensor | None, ends: Tensor, bits: int
 ) -> Tensor:
-    """x [S, K], ends [E] -> [S, N]: rows ends[e - 1] to ends[e] meet expert e, those behind the last give 0."""
+    """x [S, K], ends [E] -> [S, N]: rows ends[e - 1] to ends[e] meet expert e, those behind give 0."""
     from gptq_fx.kernels import triton_launch
 
     return triton_launch.grouped(x.contiguous(), triton_launch.Packed(w, high, scales, zeros, bits), ends)

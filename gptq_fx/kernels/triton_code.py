@@ -68,7 +68,9 @@ def _subtract(pair, offset, dtype: tl.constexpr):
 
 
 @triton.jit
-def _pair(word, high, zero, other, j: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+def _pair(
+    word, high, zero, other, j: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr
+):
     """The integers q - z of slabs j and j + SLABS / 2, exact in dtype; the zeros of both."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     MASK: tl.constexpr = (2**WIDTH - 1) * 0x10001

@@ -1,17 +1,16 @@
 """Which Triton kernel runs for how many rows, and with which tiles. Tensors here are contiguous.
 
-    few rows               gemv: multiplications in fp32, bound by reading the weights
-    more                   matmul on tensor cores; K is cut into parts where there are too few tiles
-    many                   torch.mm on weights that dequantize spells out, a part of the outputs at a time
-    few rows of experts    gemv: each row reads the weights of its own expert
-    more                   the rows are sorted by experts on the device, then matmul
+few rows               gemv: multiplications in fp32, bound by reading the weights
+more                   matmul on tensor cores; K is cut into parts where there are too few tiles
+many                   torch.mm on weights that dequantize spells out, a part of the outputs at a time
+few rows of experts    gemv: each row reads the weights of its own expert
+more                   the rows are sorted by experts on the device, then matmul
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -150,11 +149,10 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         return spelled_out(x, weight, bias)
 
 
-def gemv(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+def gemv(x: Tensor, weight: Packed, bias: Tensor | None, tile: Tile | None = None) -> Tensor:
     """x [M, K] -> [M, N], two rows a program."""
-    M, K = x.shape
-    out = x.new_empty(M, weight.N)
-    _gemv(x, weight, bias, None, None, out, "", rows=M, topk=1, share=1)
+    out = x.new_empty(x.shape[0], weight.N)
+    _gemv(x, weight, bias, None, None, out, "", rows=x.shape[0], topk=1, share=1, tile=tile)
     return out
 
 
@@ -201,13 +199,15 @@ def _gemv(
     )
 
 
-def matmul(x: Tensor, weight: Packed, bias: Tensor | None, tile: Tile | None = None) -> Tensor:
-    """x [M, K] -> [M, N]."""
+def matmul(
+    x: Tensor, weight: Packed, bias: Tensor | None, tile: Tile | None = None, parts: int | None = None
+) -> Tensor:
+    """x [M, K] -> [M, N]; the tile, and into how many parts K is cut, are chosen here unless given."""
     M, K = x.shape
     N = weight.N
     tile = tile or matmul_tile(weight, M, K, x.dtype)
     tiles = -(-M // tile.BM) * -(-N // tile.BN)
-    parts = split(tiles, weight.w.shape[-3], x.device)
+    parts = parts or split(tiles, weight.w.shape[-3], x.device)
     out = x.new_empty(M, N)
     to = out if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
     _matmul(x, weight, bias, None, None, None, to, "", rows=M, tiles=-(-M // tile.BM), tile=tile, parts=parts)
@@ -388,7 +388,18 @@ def block(
         order, ends = route(ids, E)
         tile, tiles = expert_tiles(x, first, slots, E)
         _matmul(
-            x, first, first_bias, ends, order, None, h, activation, rows=slots, tiles=tiles, tile=tile, share=k
+            x,
+            first,
+            first_bias,
+            ends,
+            order,
+            None,
+            h,
+            activation,
+            rows=slots,
+            tiles=tiles,
+            tile=tile,
+            share=k,
         )
         y = x.new_empty(slots, H)
         tile, tiles = expert_tiles(h, second, slots, E)

@@ -22,7 +22,7 @@ def count(ids, counts, slots, steps, experts, EP: tl.constexpr, C: tl.constexpr)
 
 @triton.jit
 def place(ids, counts, order, ends, slots, steps, experts, programs, EP: tl.constexpr, C: tl.constexpr):
-    """order int32 [slots]: the slots of each expert in turn, as they follow each other; ends int32 [experts]."""
+    """order int32 [slots]: the slots of each expert in turn, as they stand; ends int32 [experts]."""
     e = tl.arange(0, EP)
     before = tl.zeros((EP,), tl.int32)
     total = tl.zeros((EP,), tl.int32)

@@ -47,7 +47,10 @@ def test_every_algorithm_is_right(bits, sym):
             for M in rows:
                 x = contract.normal(M, K, like=spec)
                 expected = x.double() @ W.T + bias.double()
-                assert relative_error(algorithm(x, packed, bias), expected) <= LINEAR[dtype], (spec, algorithm)
+                assert relative_error(algorithm(x, packed, bias), expected) <= LINEAR[dtype], (
+                    spec,
+                    algorithm,
+                )
 
 
 def test_tiles_of_every_size(monkeypatch):
@@ -112,7 +115,9 @@ def test_blocks(activation, sym):
         contract.test_a_whole_block(HERE, "cpu", bits, sym, dtype, activation, sym, size, E)
 
 
-@pytest.mark.parametrize(("slots", "experts"), [(1, 1), (7, 8), (64, 128), (1000, 6), (5000, 60), (300, 1000)])
+@pytest.mark.parametrize(
+    ("slots", "experts"), [(1, 1), (7, 8), (64, 128), (1000, 6), (5000, 60), (300, 1000)]
+)
 def test_route_sorts_as_a_stable_sort_does(slots, experts):
     rng = torch.Generator().manual_seed(slots)
     ids = torch.randint(experts + 1, (slots,), generator=rng)

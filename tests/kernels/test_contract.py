@@ -17,7 +17,11 @@ from gptq_fx.kernels import Kernel, LinearSpec, kernels
 from gptq_fx.kernels.block import ACTIVATIONS, run_block
 from gptq_fx.scheme import BITS
 
-MARKED = ("cuda", "npu", "xpu")  # device types that need a marker; a kernel of every device is tried on these too
+MARKED = (
+    "cuda",
+    "npu",
+    "xpu",
+)  # device types that need a marker; a kernel of every device is tried on these too
 ROWS = (1, 5, 70)
 
 
@@ -299,12 +303,16 @@ def row_by_row(x, ids, W):
 @every_dtype
 @pytest.mark.parametrize(("E", "size"), [(5, -1), (5, 64), (40, 32)])
 def test_rows_of_a_stack_meet_their_experts(kernel, device, bits, sym, dtype, E, size):
+    check_stack(kernel, device, bits, sym, dtype, E, size, rows=(1, 3, 18, 150))
+
+
+def check_stack(kernel, device, bits, sym, dtype, E, size, rows):
     made = stack_or_skip(kernel, device, 80, 192, E, dtype, bits, size, sym)
     if made is None:
         return
     spec, tensors, W = made
     rng = torch.Generator().manual_seed(E)
-    for S in (1, 3, 18, 150):
+    for S in rows:
         x = normal(S, 192, like=spec)
         ids = torch.randint(E + 1, (S,), generator=rng).sort().values  # E: behind the last end
         ends = torch.bincount(ids, minlength=E)[:E].cumsum(0)
@@ -325,22 +333,26 @@ def test_rows_of_a_stack_meet_their_experts(kernel, device, bits, sym, dtype, E,
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("bits", "size", "E"), [(4, 32, 6), (4, -1, 40), (8, 32, 6), (3, 32, 6), (2, 32, 6)])
 def test_a_whole_block(kernel, device, bits, sym, dtype, activation, with_bias, size, E):
-    H, I, k = 96, 64, 3
-    up = stack_or_skip(kernel, device, 2 * I, H, E, dtype, bits, size, sym)
-    down = stack_or_skip(kernel, device, H, I, E, dtype, bits, size, sym)
+    check_block(kernel, device, bits, sym, dtype, activation, with_bias, size, E, tokens=(1, 2, 7, 90))
+
+
+def check_block(kernel, device, bits, sym, dtype, activation, with_bias, size, E, tokens):
+    H, middle, k = 96, 64, 3
+    up = stack_or_skip(kernel, device, 2 * middle, H, E, dtype, bits, size, sym)
+    down = stack_or_skip(kernel, device, H, middle, E, dtype, bits, size, sym)
     if up is None or down is None or kernel.experts.block is None:
         return
     if reason := kernel.experts.block_supports(up[0], down[0], activation):
         assert len(reason) > 5
         return
-    up_bias = normal(E, 2 * I, like=up[0]) if with_bias else None
+    up_bias = normal(E, 2 * middle, like=up[0]) if with_bias else None
     down_bias = normal(E, H, like=down[0]) if with_bias else None
 
     def linear(W, bias):
         return lambda e, rows: rows @ W[e].T + (0 if bias is None else bias[e].cpu().double())
 
     rng = torch.Generator().manual_seed(E)
-    for T in (1, 2, 7, 90):
+    for T in tokens:
         x = normal(T, H, like=up[0])
         ids = torch.randint(E + 1, (T, k), generator=rng)
         weights = torch.rand(T, k, generator=rng).to(device)
