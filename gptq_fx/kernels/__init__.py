@@ -3,7 +3,7 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, block, cpu, grouped, reference
+from gptq_fx.kernels import ascend, block, cpu, grouped, reference, triton
 from gptq_fx.kernels.registry import (
     ExpertOps,
     Kernel,
@@ -31,4 +31,5 @@ __all__ = [
     "kernels",
     "reference",
     "register",
+    "triton",
 ]
