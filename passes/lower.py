@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from gptq_fx import ops
-from gptq_fx.kernels import grouped
+from gptq_fx.kernels import LinearSpec, get_kernel, grouped
+from gptq_fx.packed import merged_spec
 from gptq_fx.passes.plan import Operand, Plan
 from gptq_fx.progress import progress
 
@@ -15,9 +16,22 @@ def lower(gm: fx.GraphModule, plan: Plan) -> int:
 
     gptq::grouped_linear(x, canonical tensors, ends, N, "reference", ...) -> the same of the kernel.
     """
+    _prepare(plan)
     for operand in progress(plan.operands, "packing weights"):
         _lower(gm, plan, operand)
     return len(plan.operands)
+
+
+def _prepare(plan: Plan) -> None:
+    """Tell each kernel at once what it will run."""
+    specs: dict[str, list[LinearSpec]] = {}
+    for operand in plan.operands:
+        decision = operand.sites[0].decision
+        assert decision is not None and decision.kernel is not None
+        weights = [site.quantized(plan.tensor(site.weight)).spec for site in operand.sites]
+        specs.setdefault(decision.kernel.name, []).append(merged_spec(weights))
+    for name, wanted in specs.items():
+        get_kernel(name).prepare(wanted)
 
 
 def _lower(gm: fx.GraphModule, plan: Plan, operand: Operand) -> None:

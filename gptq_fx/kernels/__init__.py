@@ -3,8 +3,9 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, cpu, grouped, reference
+from gptq_fx.kernels import ascend, cpu, grouped, humming, reference
 from gptq_fx.kernels.registry import (
+    ExpertOps,
     Kernel,
     LinearSpec,
     Tensors,
@@ -15,6 +16,7 @@ from gptq_fx.kernels.registry import (
 )
 
 __all__ = [
+    "ExpertOps",
     "Kernel",
     "LinearSpec",
     "Tensors",
@@ -23,6 +25,7 @@ __all__ = [
     "cpu",
     "get_kernel",
     "grouped",
+    "humming",
     "kernels",
     "reference",
     "register",

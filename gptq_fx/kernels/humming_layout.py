@@ -1,8 +1,9 @@
 """The layout of humming-kernels for 16-bit activations: QuantizedWeight -> its tensors, and back.
 
-    weight  int32 [*, K/16, N'*bits/2], with N' = N rounded up to BLOCK, by outputs of scale 0: tiles of 16 inputs by 64 outputs. Lane l of a warp holds 32 codes of a
-            tile in `bits` words that follow each other: inputs 8a + 2(l % 4) + b and outputs
-            16c + 8d + l // 4, in the order (c, d, a, b). Inside a word codes with even place come first.
+    weight  int32 [*, K/16, N'*bits/2], where N' is N rounded up to BLOCK by outputs of scale 0: tiles of 16
+            inputs by 64 outputs. Lane l of a warp holds 32 codes of a tile in `bits` words that follow each
+            other: inputs 8a + 2(l % 4) + b and outputs 16c + 8d + l // 4, in the order (c, d, a, b). Inside
+            a word the codes of even place come first.
     scales  [*, G, N'], outputs permuted inside runs of 64 (groups) or 32 (one group, applied to the result).
     zeros   int32 [*, G, N'/8] (up to 4 bits) or [*, G, N'/4] (8 bits): permuted as the scales of groups.
 
@@ -190,7 +191,8 @@ def _unpack_zeros(packed: Tensor, bits: int) -> Tensor:
 
 def _permute(table: Tensor, order: tuple[int, ...]) -> Tensor:
     """Outputs [*, N] reordered inside runs of len(order)."""
-    return table.unflatten(-1, (-1, len(order)))[..., list(order)].flatten(-2)
+    permuted: Tensor = table.unflatten(-1, (-1, len(order)))[..., list(order)].flatten(-2)
+    return permuted
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:

@@ -47,6 +47,30 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class ExpertOps:
+    """How a kernel runs a whole stack of experts [E, N, K] in one call, without waiting for the device.
+
+    supports: None, or why the stack cannot run so; spec.experts is set.
+    grouped: op(x [S, K], *tensors, ends int [E], *op_args(spec)) -> [S, N]: rows ends[e - 1] to ends[e] meet
+        expert e, rows behind the last end give zeros.
+    indexed: op(x [S, K], *tensors, ids int [S], *op_args(spec)) -> [S, N]: row s meets expert ids[s].
+    block: None, or the whole block: op(x [T, H], ids [T, k], weights [T, k], Tensor?[] gate_up,
+        Tensor?[] down, Tensor? gate_up_bias [E, 2I], Tensor? down_bias [E, H], str activation,
+        int[] gate_up_args, int[] down_args) -> [T, H], the sum over k of
+        weights * down(act(gate_up(x))). Where an id is E, there is no expert.
+    block_supports: of (gate_up spec, down spec, activation): None, or why not.
+    """
+
+    supports: Callable[[LinearSpec], str | None]
+    grouped: torch._ops.OpOverload
+    indexed: torch._ops.OpOverload
+    block: torch._ops.OpOverload | None = None
+    block_supports: Callable[[LinearSpec, LinearSpec, str], str | None] = lambda gate_up, down, act: (
+        "the kernel has no op for the whole block"
+    )
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One way to run a quantized linear.
 
@@ -61,6 +85,9 @@ class Kernel:
     note: None, or what a user should know about how the kernel stores the spec.
     body: the function behind op, or None: it costs less to call, where nothing traces.
     stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
+    prepare: makes ready what can be made before weights of these specs are packed and called, such as
+        compiled code: all at once, since that is faster, and may show a bar.
+    experts: how it runs stacks of experts, or None: each expert that has rows runs op.
     """
 
     name: str
@@ -77,6 +104,8 @@ class Kernel:
     note: Callable[[LinearSpec], str | None] = lambda spec: None
     stacks: bool = False
     body: Callable[..., Tensor] | None = None
+    prepare: Callable[[Sequence[LinearSpec]], None] = lambda specs: None
+    experts: ExpertOps | None = None
 
     def refuses(self, spec: LinearSpec) -> str | None:
         """Why this kernel cannot run `spec` here, or None."""
