@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # Device type -> the most query positions for which scaled_dot_product_attention with enable_gqa and a mask is
-# faster than on repeated keys and values. One H200, 16 sequences, 32 heads on 8, one position: 15.8 us, not 74.
-# With many positions and a mask, CUDA falls back to a kernel that writes all scores to memory.
+# faster than on repeated keys and values. One H200, 16 sequences, 32 heads on 8, one position: 15.8 us, not
+# 74. With many positions and a mask, CUDA falls back to a kernel that writes all scores to memory.
 FEW_QUERIES = {"cuda": 1}
 
 
