@@ -275,6 +275,7 @@ def locks(device: int, stream: int) -> Tensor:
     if found is None:
         if device not in _ARENAS:
             _ARENAS[device] = torch.zeros(STREAMS, LOCKS, dtype=torch.int32, device=f"cuda:{device}")
+            torch.cuda.synchronize(device)  # other streams may use them next
         taken = sum(known == device for known, _ in _LOCKS)
         found = _LOCKS[device, stream] = _ARENAS[device][taken % STREAMS]
     return found
