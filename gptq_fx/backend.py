@@ -24,6 +24,7 @@ from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import Plan
 from gptq_fx.passes.capture import capture, is_dynamo, lifted
 from gptq_fx.passes.plan import Site
+from gptq_fx.resolve import Resolver
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +84,8 @@ class Compiled:
         self.lifted = graph if graph.meta.get("gptq_lifted") else None
         self.options = options
         order = {n: i for i, n in enumerate(graph.graph.nodes) if n.op == "placeholder"}
-        self.operands = [
-            (o, tuple(position[site.weight] for site in o.sites))
-            for o in sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
-        ]
+        operands = sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
+        self.packs = Resolver([(o, tuple(position[site.weight] for site in o.sites)) for o in operands])
         swapped = {site.weight for operand in plan.operands for site in operand.sites}
         # A dense weight whose scheme hangs on its path: nothing guards it, so every new one is checked.
         self.watched: list[tuple[int, Site]] = []
@@ -106,10 +105,7 @@ class Compiled:
         graph.recompile()
         self.keep = [i for node, i in position.items() if node not in dropped]
         fakes = [
-            node.meta["example_value"]
-            for operand, _ in self.operands
-            for node in operand.inputs
-            if node is not None
+            node.meta["example_value"] for operand in operands for node in operand.inputs if node is not None
         ]
         self.inner = self._compile(graph, [*(values[i] for i in self.keep), *fakes])
         if any(not isinstance(plan.tensor(node), QuantizedParameter) for node in swapped):
@@ -130,10 +126,7 @@ class Compiled:
             args = (*args, *lifted(self.lifted))
         if self.watched:
             self._check(args)
-        packs: list[Tensor] = []
-        for operand, positions in self.operands:
-            packed = operand.packed([args[i] for i in positions])
-            packs += [t for t in packed.call_tensors() if t is not None]
+        packs = self.packs(args)
         inputs = [args[i] for i in self.keep]
         if not self.replaces:
             return self.inner(*inputs, *packs)

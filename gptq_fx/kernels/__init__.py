@@ -3,7 +3,7 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, block, cpu, grouped, reference, triton
+from gptq_fx.kernels import ascend, block, cpu, grouped, humming, reference, triton
 from gptq_fx.kernels.registry import (
     ExpertOps,
     Kernel,
@@ -28,6 +28,7 @@ __all__ = [
     "default_inner_backend",
     "get_kernel",
     "grouped",
+    "humming",
     "kernels",
     "reference",
     "register",

@@ -80,6 +80,8 @@ class Kernel:
     note: None, or what a user should know about how the kernel stores the spec.
     body: the function behind op, or None: it costs less to call, where nothing traces.
     stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
+    prepare: makes ready what can be made before weights of these specs are packed and called, such as
+        compiled code: all at once, since that is faster, and may show a bar.
     experts: how it runs a whole stack; None: each expert that has rows by itself, by `op`.
     """
 
@@ -97,6 +99,7 @@ class Kernel:
     note: Callable[[LinearSpec], str | None] = lambda spec: None
     stacks: bool = False
     body: Callable[..., Tensor] | None = None
+    prepare: Callable[[Sequence[LinearSpec]], None] = lambda specs: None
     experts: ExpertOps | None = None
 
     def refuses(self, spec: LinearSpec) -> str | None:
