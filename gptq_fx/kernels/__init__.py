@@ -3,7 +3,7 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, cpu, grouped, humming, reference
+from gptq_fx.kernels import ascend, block, cpu, grouped, humming, reference
 from gptq_fx.kernels.registry import (
     ExpertOps,
     Kernel,
@@ -21,6 +21,7 @@ __all__ = [
     "LinearSpec",
     "Tensors",
     "ascend",
+    "block",
     "choose_kernel",
     "cpu",
     "get_kernel",

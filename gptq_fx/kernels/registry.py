@@ -48,26 +48,21 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class ExpertOps:
-    """How a kernel runs a whole stack of experts [E, N, K] in one call, without waiting for the device.
+    """How a kernel runs a whole stack of experts [E, N, K] in one call, on the tensors of its pack.
 
-    supports: None, or why the stack cannot run so; spec.experts is set.
-    grouped: op(x [S, K], *tensors, ends int [E], *op_args(spec)) -> [S, N]: rows ends[e - 1] to ends[e] meet
-        expert e, rows behind the last end give zeros.
-    indexed: op(x [S, K], *tensors, ids int [S], *op_args(spec)) -> [S, N]: row s meets expert ids[s].
-    block: None, or the whole block: op(x [T, H], ids [T, k], weights [T, k], Tensor?[] gate_up,
-        Tensor?[] down, Tensor? gate_up_bias [E, 2I], Tensor? down_bias [E, H], str activation,
-        int[] gate_up_args, int[] down_args) -> [T, H], the sum over k of
-        weights * down(act(gate_up(x))). Where an id is E, there is no expert.
-    block_supports: of (gate_up spec, down spec, activation): None, or why not.
+    supports: None, or why a stack of this spec runs expert by expert, with the kernel's own op.
+    grouped: op(x [S, K], *tensors, ends [E], *op_args) -> [S, N]; rows ends[e - 1] to ends[e] (from 0 for the
+        first) meet expert e, rows behind the last end give zeros.
+    indexed: op(x [S, K], *tensors, ids [S], *op_args) -> [S, N]; row s meets expert ids[s].
+    block: as `gptq::experts` (see block.py) without its last two arguments, the names of kernels; or None.
+    block_supports: (spec of gate_up, spec of down, activation) -> None, or why the block does not run so.
     """
 
     supports: Callable[[LinearSpec], str | None]
     grouped: torch._ops.OpOverload
     indexed: torch._ops.OpOverload
     block: torch._ops.OpOverload | None = None
-    block_supports: Callable[[LinearSpec, LinearSpec, str], str | None] = lambda gate_up, down, act: (
-        "the kernel has no op for the whole block"
-    )
+    block_supports: Callable[[LinearSpec, LinearSpec, str], str | None] = lambda up, down, activation: None
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class Kernel:
     stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
     prepare: makes ready what can be made before weights of these specs are packed and called, such as
         compiled code: all at once, since that is faster, and may show a bar.
-    experts: how it runs stacks of experts, or None: each expert that has rows runs op.
+    experts: how it runs a whole stack; None: each expert that has rows by itself, by `op`.
     """
 
     name: str
@@ -112,6 +107,12 @@ class Kernel:
         if self.device not in (None, spec.device):
             return f"runs on {self.device}, the weight is on {spec.device}"
         return self.available() or self.supports(spec)
+
+    def expert_ops(self, spec: LinearSpec) -> ExpertOps | None:
+        """How it runs a stack of this spec in one call, or None."""
+        if self.experts is None or self.experts.supports(spec) is not None:
+            return None
+        return self.experts
 
     def pack_all(self, weight: QuantizedWeight, spec: LinearSpec) -> Tensors:
         """The tensors for a weight, or for a stack of experts."""
