@@ -4,6 +4,7 @@
 // for, so that reading too early and overwriting too early both show.
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -126,16 +127,22 @@ static void run_block(u32 threads, u32 seed) {
     }
 }
 
-static void launch(std::function<void()> kernel, u32 blocks, u32 threads, u32 shared_bytes, int order) {
+static void launch(std::function<void()> kernel, u32 blocks, u32 rows, u32 threads, u32 shared_bytes, int order) {
     body = kernel;
     grid.x = blocks;
+    grid.y = rows;
     dim.x = threads;
     std::vector<u8> memory(shared_bytes + 128);
     shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
-    for (u32 b = 0; b < blocks; ++b) {
-        block.x = order == 0 ? b : order == 1 ? blocks - 1 - b : (b * 7 + 3) % blocks;
-        std::memset(shared, 0xff, shared_bytes);  // NaN
-        run_block(threads, b + order);
+    std::vector<u32> order_of_blocks(blocks);
+    for (u32 b = 0; b < blocks; ++b) order_of_blocks[b] = order == 0 ? b : blocks - 1 - b;
+    if (order > 1) std::shuffle(order_of_blocks.begin(), order_of_blocks.end(), std::mt19937(order));
+    for (u32 b : order_of_blocks) {
+        block.x = b;
+        for (block.y = 0; block.y < rows; ++block.y) {
+            std::memset(shared, 0xff, shared_bytes);  // NaN
+            run_block(threads, b + order);
+        }
     }
 }
 
@@ -169,6 +176,7 @@ static u16 float_to_half(double d) {
 
 static inline void __syncthreads() { host::leave(host::AT_BLOCK); }
 static inline void __threadfence() {}
+static inline void __syncwarp() { host::with_warp(nullptr, nullptr, [] {}); }
 static inline int atomicAdd(int* p, int v) {
     const int before = *p;
     *p += v;
