@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_fx.kernels import Kernel, LinearSpec, Tensors, get_kernel, grouped
+from gptq_fx.kernels import Kernel, LinearSpec, Tensors, block, get_kernel, grouped
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
@@ -88,7 +88,8 @@ class PackedWeight:
 
     def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]."""
-        return grouped.grouped_linear(x, *grouped.call(self.kernel, self.call_tensors(), ends, self.spec))  # type: ignore[no-any-return]
+        op, rest = grouped.call(self.kernel, "grouped", self.call_tensors(), ends, self.spec)
+        return op(x, *rest)  # type: ignore[no-any-return]
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None) -> PackedWeight:
         """A new weight of the same integers, in canonical form."""
@@ -106,6 +107,30 @@ class PackedWeight:
 def live(handle: Tensor) -> PackedWeight:
     """The weight that a handle names."""
     return _LIVE[int(handle)]
+
+
+def run_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """gptq::experts: x [T, H], ids and weights [T, k] -> [T, H]."""
+    op, args = block.call(
+        (gate_up.kernel.name, down.kernel.name),
+        (
+            *(x, ids, weights, list(gate_up.call_tensors()), list(down.call_tensors())),
+            *(gate_up_bias, down_bias, activation),
+            *(list(p.kernel.op_args(p.spec)) for p in (gate_up, down)),
+        ),
+        gate_up.spec,
+        down.spec,
+    )
+    return op(*args)  # type: ignore[no-any-return]
 
 
 def can_merge(specs: Sequence[LinearSpec], kernel: Kernel) -> bool:
