@@ -3,7 +3,7 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, block, cpu, grouped, reference
+from gptq_fx.kernels import ascend, block, cpu, grouped, marlin, reference
 from gptq_fx.kernels.registry import (
     ExpertOps,
     Kernel,
@@ -27,6 +27,7 @@ __all__ = [
     "get_kernel",
     "grouped",
     "kernels",
+    "marlin",
     "reference",
     "register",
 ]

@@ -76,11 +76,11 @@ struct PermuteArgs {
     int K, x_stride;
 };
 
-// Block: one row (y) and 8 * 256 features (x).
+// Block: one row (x) and 8 * 256 features (y).
 KERNEL(256, 1) marlin_permute(const PermuteArgs a) {
-    const int k = (blockIdx.x * 256 + threadIdx.x) * 8;
+    const int k = (blockIdx.y * 256 + threadIdx.x) * 8;
     if (k >= a.K) return;
-    const u16* row = a.x + u64(blockIdx.y) * a.x_stride;
+    const u16* row = a.x + u64(blockIdx.x) * a.x_stride;
     const Quad* from = reinterpret_cast<const Quad*>(a.perm + k);
     const Quad low = load_early(from), high = load_early(from + 1);
     Quad q;
@@ -89,5 +89,5 @@ KERNEL(256, 1) marlin_permute(const PermuteArgs a) {
         const Quad& p = j < 2 ? low : high;
         q.v[j] = row[p.v[j % 2 * 2]] | u32(row[p.v[j % 2 * 2 + 1]]) << 16;
     }
-    *reinterpret_cast<Quad*>(a.out + (u64(blockIdx.y) * a.K + k) * 2) = q;
+    *reinterpret_cast<Quad*>(a.out + (u64(blockIdx.x) * a.K + k) * 2) = q;
 }

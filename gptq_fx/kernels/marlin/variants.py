@@ -83,8 +83,8 @@ class Variant:
                     return stages, blocks
         raise AssertionError(f"{self} does not fit {per_block} bytes of shared memory")
 
-    def source(self, stages: int, blocks: int, primitives: str = "") -> str:
-        """The whole text for the compiler. primitives: in place of ptx.cuh."""
+    def source(self, stages: int, blocks: int) -> str:
+        """The whole text for the compiler."""
         tile = self.tile
         constants = {
             "TOKENS": tile.tokens,
@@ -98,7 +98,7 @@ class Variant:
             "SHARED": self.shared_bytes(stages),
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
-        return _join(head | constants, primitives or text("ptx.cuh"), text("dequantize.cuh"), text("gemm.cu"))
+        return _join(head | constants, text("ptx.cuh"), text("dequantize.cuh"), text("gemm.cu"))
 
 
 def grid_constants(bits: int, bf16: bool, asym: bool, group_tiles: int) -> dict[str, int]:
@@ -114,12 +114,12 @@ def _join(constants: dict[str, int], *parts: str) -> str:
     return "\n".join([*(f"#define {name} {value}" for name, value in constants.items()), *parts])
 
 
-def dense_source(bits: int, bf16: bool, asym: bool, group_tiles: int, primitives: str = "") -> str:
+def dense_source(bits: int, bf16: bool, asym: bool, group_tiles: int) -> str:
     """dense.cu for one grid."""
     head = grid_constants(bits, bf16, asym, group_tiles)
-    return _join(head, primitives or text("ptx.cuh"), text("dequantize.cuh"), text("dense.cu"))
+    return _join(head, text("ptx.cuh"), text("dequantize.cuh"), text("dense.cu"))
 
 
-def moe_source(bf16: bool, primitives: str = "") -> str:
+def moe_source(bf16: bool) -> str:
     """moe.cu for one dtype."""
-    return _join({"BF16": int(bf16)}, primitives or text("ptx.cuh"), text("moe.cu"))
+    return _join({"BF16": int(bf16)}, text("ptx.cuh"), text("moe.cu"))
