@@ -76,7 +76,12 @@ GRIDS = [
 def test_the_gemm(bits, size, sym, dtype):
     """Several output tiles, split over blocks; widths and lengths that fill no tile."""
     for M in (1, 8):
-        check(*make(200, 672, bits, size, sym, dtype) if size == 96 else make(200, 1152, bits, size, sym, dtype), M)
+        check(
+            *make(200, 672, bits, size, sym, dtype)
+            if size == 96
+            else make(200, 1152, bits, size, sym, dtype),
+            M,
+        )
 
 
 @pytest.mark.parametrize("M", [13, 30, 40, 70])
@@ -130,7 +135,9 @@ def test_many_rows_in_act_order(monkeypatch):
 def expected_rows(weight, x, experts):
     """Row s times the weight of experts[s]; zeros for an expert that is none."""
     W = weight.dequantize(torch.float64)
-    rows = [x[s].double() @ W[e].T if 0 <= e < len(W) else W.new_zeros(W.shape[1]) for s, e in enumerate(experts)]
+    rows = [
+        x[s].double() @ W[e].T if 0 <= e < len(W) else W.new_zeros(W.shape[1]) for s, e in enumerate(experts)
+    ]
     return torch.stack(rows)
 
 

@@ -11,6 +11,8 @@ struct DequantizeArgs {
 
 // Each warp: 64 outputs x 64 k, turned in shared memory so that rows of k are written as a whole.
 KERNEL(128, 4) marlin_dequantize(const DequantizeArgs a) {
+    let_next_kernel_start();
+    wait_for_kernels_before();
     SHARED_MEMORY(shared);
     constexpr int WORDS = BITS / 4, ROW = 144;  // bytes; no bank conflicts
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
@@ -78,6 +80,8 @@ struct PermuteArgs {
 
 // Block: one row (x) and 8 * 256 features (y).
 KERNEL(256, 1) marlin_permute(const PermuteArgs a) {
+    let_next_kernel_start();
+    wait_for_kernels_before();
     const int k = (blockIdx.y * 256 + threadIdx.x) * 8;
     if (k >= a.K) return;
     const u16* row = a.x + u64(blockIdx.x) * a.x_stride;

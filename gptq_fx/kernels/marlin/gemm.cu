@@ -408,6 +408,8 @@ DEVICE void finish(const Args& a, const Work& w, const Place& p, float (&sums)[4
 }
 
 KERNEL(THREADS, BLOCKS) marlin_gemm(const Args a) {
+    let_next_kernel_start();
+    wait_for_kernels_before();
     SHARED_MEMORY(shared);
     const u32 base = shared_address(shared);
     Work w;

@@ -17,9 +17,33 @@ from gptq_fx.kernels.marlin import nvrtc
 FEWEST_CAPABILITY = (8, 0)
 COUNTERS = 4096  # of one stream; no launch has more blocks that share a tile
 STREAMS = 64  # that counters are made for at a time
+OVERLAP = True  # the start of a kernel with the end of the one before, where the architecture can
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _PARAMETERS = ctypes.c_char_p * 1
 _lock = threading.Lock()
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute"""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig"""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+_OVERLAP = _Attribute(_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
 
 
 @functools.cache
@@ -28,13 +52,7 @@ def driver() -> ctypes.CDLL | None:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    library.cuLaunchKernel.argtypes = [
-        ctypes.c_void_p,
-        *[ctypes.c_uint] * 7,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-    ]
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     return library
 
 
@@ -91,6 +109,7 @@ class Function:
         self._library = library
         self._pack = struct.Struct(arguments).pack
         self.threads, self.shared, self.index = threads, shared, where.index
+        self._overlaps = int(where.arch[3:].rstrip("a")) >= 90
         with torch.cuda.device(where.index):
             self._code, module, self._handle = code, ctypes.c_void_p(), ctypes.c_void_p()
             _check(library.cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
@@ -114,19 +133,11 @@ class Function:
             with torch.cuda.device(self.index):
                 return self(blocks, rows, *arguments)
         parameters = _PARAMETERS(self._pack(*arguments))
-        code = self._library.cuLaunchKernel(
-            self._handle,
-            blocks,
-            rows,
-            1,
-            self.threads,
-            1,
-            1,
-            self.shared,
-            stream(self.index),
-            parameters,
-            None,
-        )
+        config = _Config((blocks, rows, 1), (self.threads, 1, 1), self.shared, stream(self.index))
+        if OVERLAP and self._overlaps:
+            config.attributes = ctypes.pointer(_OVERLAP)
+            config.count = 1
+        code = self._library.cuLaunchKernelEx(ctypes.byref(config), self._handle, parameters, None)
         return _check(code, "launching a kernel") if code else None
 
 

@@ -16,6 +16,8 @@ DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 // One block of 1024 threads, thread e for expert e. The rows of an expert come in any order: what is computed
 // for a row does not depend on its place.
 KERNEL(1024, 1) marlin_align(const AlignArgs a) {
+    let_next_kernel_start();
+    wait_for_kernels_before();
     SHARED_MEMORY(shared);
     int* counts = reinterpret_cast<int*>(shared);
     int* last = counts + 1024;  // block behind the last one of an expert
@@ -93,6 +95,8 @@ DEVICE float activate(float gate, float up, int kind) {
 
 // Two outputs a thread.
 KERNEL(256, 1) marlin_activate(const ActivateArgs a) {
+    let_next_kernel_start();
+    wait_for_kernels_before();
     const u64 pairs = u64(a.rows) * ((a.I + 1) / 2);
     for (u64 p = u64(blockIdx.x) * 256 + threadIdx.x; p < pairs; p += u64(gridDim.x) * 256) {
         const u64 row = p / ((a.I + 1) / 2);
@@ -122,6 +126,8 @@ struct CombineArgs {
 
 // out[t] = sum over j of weights[t, j] * x[t * k + j], in the order of j. Two outputs a thread.
 KERNEL(256, 1) marlin_combine(const CombineArgs a) {
+    let_next_kernel_start();
+    wait_for_kernels_before();
     const int half = (a.H + 1) / 2;
     const u64 pairs = u64(a.T) * half;
     for (u64 p = u64(blockIdx.x) * 256 + threadIdx.x; p < pairs; p += u64(gridDim.x) * 256) {

@@ -97,7 +97,7 @@ def compile(source: str, arch: str, name: str) -> bytes:
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     cached = _read(path)
     if cached is None:
-        cached = _compile(source, arch, name)
+        cached, _ = _compile(source, arch, name)
         _write(path, cached)
     return cached
 
@@ -123,11 +123,19 @@ def _write(path: Path, code: bytes) -> None:
         log.warning("compiled kernels are not kept, every process compiles its own: %s", error)
 
 
-def _compile(source: str, arch: str, name: str) -> bytes:
+def resources(source: str, arch: str, name: str) -> str:
+    """What the assembler says of registers, spills and memory. Not from the cache."""
+    if reason := available():
+        raise KernelError(f"{name}: {reason}")
+    return _compile(source, arch, name, "--ptxas-options=-v")[1]
+
+
+def _compile(source: str, arch: str, name: str, *more: str) -> tuple[bytes, str]:
+    """-> the machine code, and what the compiler said."""
     program = ctypes.c_void_p()
     _call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None)
     try:
-        options = [f"--gpu-architecture={arch}", *OPTIONS]
+        options = [f"--gpu-architecture={arch}", *OPTIONS, *more]
         try:
             _call(
                 "nvrtcCompileProgram",
@@ -136,18 +144,21 @@ def _compile(source: str, arch: str, name: str) -> bytes:
                 (ctypes.c_char_p * len(options))(*(option.encode() for option in options)),
             )
         except KernelError as error:
-            said = _text(program, "Log").decode(errors="replace").strip()
+            said = _log(program)
             known = "" if arch.rstrip("af") in architectures() else f". Legal: {', '.join(architectures())}"
             raise KernelError(f"{name} for {arch} by NVRTC {version()}: {error}{known}\n{said}") from None
-        return _text(program, "CUBIN")
+        return _text(program, "CUBIN"), _log(program)
     finally:
         _call("nvrtcDestroyProgram", ctypes.byref(program))
 
 
 def _text(program: ctypes.c_void_p, what: str) -> bytes:
-    """The log ("Log"; its size has another name) or the code of a program."""
     size = ctypes.c_size_t()
-    _call("nvrtcGetProgramLogSize" if what == "Log" else f"nvrtcGet{what}Size", program, ctypes.byref(size))
+    _call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
-    _call("nvrtcGetProgramLog" if what == "Log" else f"nvrtcGet{what}", program, buffer)
-    return buffer.raw.rstrip(b"\0") if what == "Log" else buffer.raw
+    _call(f"nvrtcGet{what}", program, buffer)
+    return buffer.raw
+
+
+def _log(program: ctypes.c_void_p) -> str:
+    return _text(program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from gptq_fx.kernels.marlin import gemm
 from gptq_fx.kernels.marlin.gemm import Weight
-from gptq_fx.kernels.marlin.variants import Tile, tile_for
+from gptq_fx.kernels.marlin.variants import PERMUTED_ROWS, Tile, tile_for
 from gptq_fx.ops import define_opaque
 
 # Rows of x beyond which dequantizing and a dense GEMM are the faster way.
 MANY_ROWS = 256
-# Rows beyond which x is put into the order of act-order once, not by each block of threads that reads it.
-PERMUTED_ROWS = 16
 # Mean rows of an expert, as a part of a tile's, up to which that tile serves a stack.
 FILLED = 0.9
 _DTYPES = (torch.float16, torch.bfloat16)

@@ -109,3 +109,16 @@ DEVICE Float4 load_shared_between_blocks(const float* p) {
                  : "memory");
     return f;
 }
+
+// Where the launch allows it, the next kernel's blocks take places as they become free, instead of when the
+// last one does. What the kernels before have written may be read behind `wait_for_kernels_before` only.
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +101,20 @@ class Variant:
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
         return _join(head | constants, text("ptx.cuh"), text("dequantize.cuh"), text("gemm.cu"))
+
+
+# Rows of x beyond which x is put into the order of act-order once, not by each block that reads it.
+PERMUTED_ROWS = 16
+
+
+def every() -> Iterator[Variant]:
+    """All variants that can be asked for."""
+    flags = (False, True)
+    grids = itertools.product(TILES, flags, flags, (0, 2, 4, 8), flags, flags)
+    for bits, bf16, asym, group_tiles, perm, moe in grids:
+        for tile in TILES[bits]:
+            if not perm or tile.tokens <= PERMUTED_ROWS:
+                yield Variant(bits, bf16, asym, group_tiles, perm, moe, tile)
 
 
 def grid_constants(bits: int, bf16: bool, asym: bool, group_tiles: int) -> dict[str, int]:
