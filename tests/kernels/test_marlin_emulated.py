@@ -1,5 +1,7 @@
 """The Marlin kernels without a GPU: their own source runs on the CPU (marlin_host.h), behind the real ops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from marlin_host import A_GPU, CXX, HostFunction, text
@@ -162,6 +164,17 @@ def test_indexed(experts, rows):
     ids = torch.randint(experts, (rows,))
     if rows > 1:
         ids[1] = experts  # no expert
+    y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
+    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= 0.0025
+
+
+def test_more_blocks_of_threads_than_units_of_work(monkeypatch):
+    """How many units there are, only the GPU knows: some of its blocks have none."""
+    monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=11))
+    spec, weight = make(128, 768, experts=4)
+    x = torch.randn(3, 768).to(spec.dtype)
+    tensors = marlin.MARLIN.pack_all(weight, spec)
+    ids = torch.tensor([2, 2, 2])
     y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
     assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= 0.0025
 

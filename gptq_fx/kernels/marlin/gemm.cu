@@ -71,7 +71,7 @@ struct Place {
 
 struct Work {
     int chunks, row_blocks, n_tiles;
-    u32 units, begin, end;
+    u32 units, blocks, begin, end;  // blocks: those that have any unit
 };
 
 DEVICE int expert_of(const Args& a, int row_block) {
@@ -333,7 +333,7 @@ DEVICE void store(const Args& a, const Place& p, int row, int n, const Float4& f
 }
 
 // The block that has a unit in its run.
-DEVICE u32 block_of(const Work& w, u32 unit) { return ((u64(unit) + 1) * gridDim.x - 1) / w.units; }
+DEVICE u32 block_of(const Work& w, u32 unit) { return ((u64(unit) + 1) * w.blocks - 1) / w.units; }
 
 // Add up the warps, and the blocks where several share the tile.
 DEVICE void finish(const Args& a, const Work& w, const Place& p, float (&sums)[4][NT][4],
@@ -417,10 +417,11 @@ KERNEL(THREADS, BLOCKS) marlin_gemm(const Args a) {
     w.row_blocks = MOE && a.num_blocks ? *a.num_blocks : a.row_blocks;
     w.n_tiles = (a.N64 + WARPS_N - 1) / WARPS_N;
     w.units = u32(w.n_tiles) * w.row_blocks * w.chunks;
-    w.begin = u64(w.units) * blockIdx.x / gridDim.x;
-    w.end = u64(w.units) * (blockIdx.x + 1) / gridDim.x;
+    w.blocks = w.units < gridDim.x ? w.units : gridDim.x;
+    if (blockIdx.x >= w.blocks) return;
+    w.begin = u64(w.units) * blockIdx.x / w.blocks;
+    w.end = u64(w.units) * (blockIdx.x + 1) / w.blocks;
     const int count = w.end - w.begin;
-    if (count == 0) return;
 
     Place now = place_of(a, w, w.begin), next = now;
     int rows[X_ROWS];

@@ -67,8 +67,11 @@ def _is_bf16(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def gemm_function(variant: Variant, index: int) -> Function:
+def gemm_function(
+    bits: int, bf16: bool, asym: bool, group_tiles: int, perm: bool, moe: bool, tile: Tile, index: int
+) -> Function:
     where = device(index)
+    variant = Variant(bits, bf16, asym, group_tiles, perm, moe, tile)
     stages, blocks = variant.fit(where.shared_per_multiprocessor, where.shared_per_block)
     source = variant.source(stages, blocks)
     shared = variant.shared_bytes(stages)
@@ -88,10 +91,16 @@ def gemm(x: Tensor, w: Weight, bias: Tensor | None, tile: Tile, out: Tensor, blo
     """out [*, N] = x W^T + bias on the rows of x [M, K] (see `usable`), or on `blocks` of them."""
     index = x.get_device()
     K, N64 = w.in_features, w.scales.shape[-1] // 64
-    bf16 = _is_bf16(x.dtype)
-    perm = w.perm is not None
-    variant = Variant(w.bits, bf16, w.zeros is not None, w.group_tiles, perm, blocks is not None, tile)
-    function = gemm_function(variant, index)
+    function = gemm_function(
+        w.bits,
+        _is_bf16(x.dtype),
+        w.zeros is not None,
+        w.group_tiles,
+        w.perm is not None,
+        blocks is not None,
+        tile,
+        index,
+    )
     grid = function.resident
     row_blocks = -(-x.shape[0] // tile.tokens) if blocks is None else blocks.most
     if blocks is None or not blocks.count:
@@ -161,6 +170,7 @@ def dense(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> None:
     K, N = w.in_features, w.out_features
     if w.perm is not None:
         x, w = permuted(x, w)
+    x, bias = x.detach(), None if bias is None else bias.detach()  # `out` has no gradient
     all_tiles = w.scales.shape[-1] // 64
     step = min(max(SCRATCH_BYTES // (128 * K), 1), all_tiles)
     scratch = torch.empty(step * 64, K, dtype=x.dtype, device=x.device)

@@ -89,12 +89,12 @@ DEVICE u32 bytes(u32 a) {
 // Loads that stay where they are written, before the arithmetic that hides them.
 DEVICE u16 load_early(const u16* p) {
     u16 v;
-    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
     return v;
 }
 DEVICE Quad load_early(const Quad* p) {
     Quad q;
-    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3])
                  : "l"(p));
     return q;
