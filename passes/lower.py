@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from gptq_fx.kernels import LinearSpec, block, grouped
@@ -41,7 +43,7 @@ def _lower(gm: fx.GraphModule, plan: Plan, operand: Operand) -> LinearSpec:
         node.args = (node.args[0], *inputs, node.args[5], *kernel.op_args(spec))
         node.target = kernel.op
     elif node.target is block.experts:
-        args = list(node.args)
+        args: list[Any] = list(node.args)
         slots = block.GATE_UP if call.form == "gate_up" else block.DOWN
         for slot, value in zip(slots, (list(inputs), list(kernel.op_args(spec)), kernel.name), strict=True):
             args[slot] = value

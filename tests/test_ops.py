@@ -98,12 +98,47 @@ def _many_rows_samples():
         yield x, args[1], args[2], x.new_empty(x.shape[0], args[1].shape[0])
 
 
+def _cpu_stack(shape):
+    kernel = next(k for k in kernels() if k.name == "cpu_int4")
+    spec = LinearSpec(shape[2], shape[1], Scheme(4, 32), torch.bfloat16, "cpu", shape[0])
+    if kernel.refuses(spec) is not None:
+        return None
+    codes, scales = (
+        torch.randint(16, (shape[0], shape[2], shape[1])),
+        torch.rand(shape[0], shape[2] // 32, shape[1]),
+    )
+    return kernel.pack_all(QuantizedWeight.from_codes(codes, scales.bfloat16(), None, 4), spec)
+
+
+def _cpu_rows_samples(which):
+    tensors = _cpu_stack((3, 64, K))
+    if tensors is not None:
+        yield torch.randn(5, K).bfloat16(), *tensors, which, 32
+
+
+def _cpu_block_samples():
+    up, down = _cpu_stack((3, 128, K)), _cpu_stack((3, K, 64))
+    if up is not None and down is not None:
+        x, ids, weights = _routed()
+        biases = torch.randn(3, 128), torch.randn(3, K)
+        yield x.bfloat16(), ids, weights.bfloat16(), list(up), list(down), *biases, "silu", [32], [32]
+
+
 SAMPLES = {
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
     # checked in kernels/test_ascend.py, where its op of torch_npu is emulated
     "gptq::ascend_grouped_linear": (torch.ops.gptq.ascend_grouped_linear.default, lambda: ()),
     "gptq::handle_linear": (handle_linear, _handle_samples),
     "gptq::handle_grouped": (handle_grouped, _handle_grouped_samples),
+    "gptq::cpu_int4_grouped": (
+        torch.ops.gptq.cpu_int4_grouped.default,
+        lambda: _cpu_rows_samples(torch.tensor([2, 2, 4])),
+    ),
+    "gptq::cpu_int4_indexed": (
+        torch.ops.gptq.cpu_int4_indexed.default,
+        lambda: _cpu_rows_samples(torch.tensor([2, 0, 0, 1, 2])),
+    ),
+    "gptq::cpu_int4_experts": (torch.ops.gptq.cpu_int4_experts.default, _cpu_block_samples),
     "gptq::experts": (block.experts, _block_samples),
     "gptq::quantized_experts": (quantized_experts, _dense_block_samples),
     "gptq::handle_block": (handle_block, _handle_block_samples),
