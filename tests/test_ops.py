@@ -124,8 +124,39 @@ def _cpu_block_samples():
         yield x.bfloat16(), ids, weights.bfloat16(), list(up), list(down), *biases, "silu", [32], [32]
 
 
+def _stack_samples(kernel, form):
+    """An op of a kernel for stacks, as the registry says it is called."""
+    for dtype in LINEAR:
+        device = kernel.device or "cpu"
+        spec = LinearSpec(K, N, Scheme(4, 32), dtype, device, 3)
+        down = LinearSpec(N // 2, K, Scheme(4, -1), dtype, device, 3)
+        if kernel.refuses(spec) is not None or kernel.expert_ops(spec) is None:
+            continue
+        tensors = kernel.pack_all(QuantizedWeight.stack([make(dtype=dtype)] * 3).to(device), spec)
+        x = torch.randn(5, K, device=device, dtype=dtype)
+        if form == "block":
+            _, ids, weights = _routed()
+            codes = torch.randint(16, (3, N // 2, K))
+            weight = QuantizedWeight.from_codes(codes, torch.rand(3, 1, K).to(dtype), None, 4)
+            packs = list(tensors), list(kernel.pack_all(weight.to(device), down))
+            args = list(kernel.op_args(spec)), list(kernel.op_args(down))
+            yield x[:2], ids.to(device), weights.to(device), *packs, None, None, "silu", *args
+        else:
+            which = torch.tensor([2, 2, 5] if form == "grouped" else [2, 0, 0, 1, 2], device=device)
+            yield x, *tensors, which, *kernel.op_args(spec)
+
+
+def _stack_ops():
+    for kernel in kernels():
+        for form in ("grouped", "indexed", "block"):
+            op = getattr(kernel.experts, form, None)
+            if op is not None:
+                yield op.name(), (op, lambda kernel=kernel, form=form: _stack_samples(kernel, form))
+
+
 SAMPLES = {
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
+    **dict(_stack_ops()),
     # checked in kernels/test_ascend.py, where its op of torch_npu is emulated
     "gptq::ascend_grouped_linear": (torch.ops.gptq.ascend_grouped_linear.default, lambda: ()),
     "gptq::handle_linear": (handle_linear, _handle_samples),

@@ -207,3 +207,21 @@ def test_a_block_of_experts(activation, T, biased):
     )
     assert relative_error(y, expected) <= 2 * LINEAR[torch.bfloat16]
     assert ("marlin_align" in HostFunction.launches) == (T > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_opcheck(dtype):
+    spec, weight = make(64, 256, dtype=dtype)
+    tensors, args = marlin.MARLIN.pack(weight, spec), marlin.MARLIN.op_args(spec)
+    bias = torch.randn(64).to(dtype)
+    torch.library.opcheck(ops.marlin_linear, (torch.randn(2, 3, 256).to(dtype), *tensors, bias, *args))
+    spec, weight = make(64, 256, dtype=dtype, experts=3)
+    down_spec, down = make(256, 32, size=-1, dtype=dtype, experts=3)
+    tensors, args = marlin.MARLIN.pack_all(weight, spec), marlin.MARLIN.op_args(spec)
+    x = torch.randn(5, 256).to(dtype)
+    torch.library.opcheck(ops.marlin_grouped, (x, *tensors, torch.tensor([2, 2, 5]), *args))
+    torch.library.opcheck(ops.marlin_indexed, (x, *tensors, torch.tensor([2, 0, 0, 1, 2]), *args))
+    packs = [list(tensors), list(marlin.MARLIN.pack_all(down, down_spec))]
+    routed = x, torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+    lists = [list(args), list(marlin.MARLIN.op_args(down_spec))]
+    torch.library.opcheck(ops.marlin_experts, (*routed, *packs, None, None, "silu", *lists))
