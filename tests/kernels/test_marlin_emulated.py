@@ -17,7 +17,8 @@ CACHED = (gemm.gemm_function, gemm._dense_functions, gemm._moe_functions)
 
 @pytest.fixture(autouse=True)
 def host(monkeypatch):
-    """The GPU is the host."""
+    """The GPU is the host; fresh memory is full of NaN."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
     zeros = torch.zeros(launch.COUNTERS, dtype=torch.int32)
     monkeypatch.setattr(gemm, "Function", HostFunction)
     monkeypatch.setattr(gemm, "device", lambda index: A_GPU)
@@ -28,6 +29,7 @@ def host(monkeypatch):
     for cached in CACHED:
         cached.cache_clear()
     yield
+    torch.use_deterministic_algorithms(False)
     for cached in CACHED:
         cached.cache_clear()
     assert not zeros.any(), "counters are left as they were found"
@@ -84,6 +86,13 @@ def test_the_gemm(bits, size, sym, dtype):
             else make(200, 1152, bits, size, sym, dtype),
             M,
         )
+
+
+@pytest.mark.parametrize(("M", "desc_act"), [(8, False), (8, True), (70, False)])
+def test_more_units_of_work_than_stages(monkeypatch, M, desc_act):
+    """Two blocks of threads: each stage is filled again, through the ends of tiles."""
+    monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=1))
+    check(*make(328, 1152, 4, 128, False, desc_act=desc_act), M)
 
 
 @pytest.mark.parametrize("M", [13, 30, 40, 70])
