@@ -199,7 +199,7 @@ def dense(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> None:
 def _moe_functions(bf16: bool, index: int) -> tuple[Function, Function, Function]:
     source, where = variants.moe_source(bf16), device(index)
     return (
-        Function(source, "marlin_align", where, 1024, 3 * 4096, "4Q5i4x"),
+        Function(source, "marlin_align", where, 1024, 4 * 4096, "4Q5i4x"),
         Function(source, "marlin_activate", where, 256, 0, "2Q3i4x"),
         Function(source, "marlin_combine", where, 256, 0, "4Q6i"),
     )

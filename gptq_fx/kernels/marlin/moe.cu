@@ -13,8 +13,8 @@ DEVICE int index_at(const AlignArgs& a, int i) {
 }
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
-// One block of 1024 threads, thread e for expert e. The rows of an expert come in any order: what is computed
-// for a row does not depend on its place.
+// One block of 1024 threads, thread e for expert e. The rows of an expert keep their order: the place of a row
+// decides which tile it is in, a tile decides where its sum is split, and so the last bit of the result.
 KERNEL(1024, 1) marlin_align(const AlignArgs a) {
     let_next_kernel_start();
     wait_for_kernels_before();
@@ -22,6 +22,7 @@ KERNEL(1024, 1) marlin_align(const AlignArgs a) {
     int* counts = reinterpret_cast<int*>(shared);
     int* last = counts + 1024;  // block behind the last one of an expert
     int* start = last + 1024;   // first row of an expert; then, how many rows it has found
+    int* round = start + 1024;  // the experts of 1024 rows at a time
     const int t = threadIdx.x;
     counts[t] = start[t] = 0;
     __syncthreads();
@@ -64,10 +65,25 @@ KERNEL(1024, 1) marlin_align(const AlignArgs a) {
     }
     if (a.ends) return;
     __syncthreads();
-    for (int i = t; i < a.count; i += 1024) {
-        const int e = index_at(a, i);
-        if (e >= 0 && e < a.num_experts)
-            a.rows[(e ? last[e - 1] : 0) * a.tokens + atomicAdd(start + e, 1)] = i;
+    for (int base = 0; base < a.count; base += 1024) {
+        const int i = base + t, warp = t / 32;
+        int e = i < a.count ? index_at(a, i) : -1;
+        if (e >= a.num_experts) e = -1;
+        round[t] = e;
+        __syncthreads();
+        int before = 0, same = 0;  // of the rows of this warp, those of the same expert
+        for (int lane = 0; lane < 32; ++lane) {
+            const int is_same = round[warp * 32 + lane] == e;
+            before += is_same && lane < t % 32;
+            same += is_same;
+        }
+        const int warps = smaller(32, (a.count - base + 31) / 32);
+        for (int w = 0; w < warps; ++w) {
+            if (w == warp && e >= 0) a.rows[(e ? last[e - 1] : 0) * a.tokens + start[e] + before] = i;
+            __syncthreads();
+            if (w == warp && e >= 0 && before == 0) start[e] += same;
+            __syncthreads();
+        }
     }
 }
 

@@ -14,6 +14,8 @@ from gptq_fx.ops import define_opaque
 
 # Rows of x beyond which dequantizing and a dense GEMM are the faster way.
 MANY_ROWS = 256
+# Outputs from which they may do so: for fewer, cuBLAS splits its sum and rounds the parts to x's dtype.
+DENSE_OUTPUTS = 1024
 # Mean rows of an expert, as a part of a tile's, up to which that tile serves a stack.
 FILLED = 0.9
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -54,7 +56,7 @@ def linear(
         rows = gemm.usable(rows, w.in_features)
         if bias is not None:
             bias = bias.to(x.dtype).contiguous()
-        if M > MANY_ROWS:
+        if M > MANY_ROWS and out_features >= DENSE_OUTPUTS:
             gemm.dense(rows, w, bias, out)
         else:
             if perm is not None and M > PERMUTED_ROWS:
