@@ -123,12 +123,13 @@ def with_torchao(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """prepare: changes a fresh model in place. ours: compiled by backend "gptq". grouped: attention on keys
-    and values that are not repeated, for one token."""
+    """prepare: changes a fresh model in place. ours: compiled by backend "gptq", with this `kernel`.
+    grouped: attention on keys and values that are not repeated, for one token."""
 
     prepare: Callable[[PreTrainedModel], None] = lambda model: None
     ours: bool = False
     grouped: bool = False
+    kernel: str = "auto"
 
 
 LM_HEAD = {"lm_head": True, "dynamic": {"lm_head": {"bits": 8}}}
@@ -138,6 +139,7 @@ VARIANTS = {
     "gptq_fx": Variant(with_gptq_fx, ours=True),
     "gptq_fx, grouped attention": Variant(with_gptq_fx, ours=True, grouped=True),
     "gptq_fx, lm_head 8 bits": Variant(functools.partial(with_gptq_fx, **LM_HEAD), ours=True, grouped=True),
+    "gptq_fx, marlin": Variant(with_gptq_fx, ours=True, grouped=True, kernel="marlin"),
     "torchao int4": Variant(with_torchao),
 }
 
@@ -151,7 +153,7 @@ def setting(variant: Variant) -> Iterator[None]:
 
 def compiled(function: Callable[..., Any], variant: Variant, mode: str | None) -> Callable[..., Any]:
     if variant.ours:
-        options = {"mode": mode} if mode else {}
+        options = {"kernel": variant.kernel, **({"mode": mode} if mode else {})}
         return torch.compile(function, backend="gptq", options=options, fullgraph=True, dynamic=False)
     return torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
 
@@ -207,7 +209,7 @@ class Decoder:
 
 
 CLASSES = (
-    ("quantized GEMM", r"humming|tinygemm|int4"),
+    ("quantized GEMM", r"humming|marlin|tinygemm|int4"),
     ("attention", r"fmha|flash|attention|cudnn|softmax|bmm"),
     ("dense GEMM", r"gemm|gemv|cutlass|nvjet|xmma|splitK|cublas"),
     ("Triton", r"^triton|^_align|^_activate|^_combine"),
