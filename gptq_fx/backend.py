@@ -86,6 +86,7 @@ class Compiled:
             (o, tuple(position[site.weight] for site in o.sites))
             for o in sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
         ]
+        self.orders = [(o, tuple(position[site.weight] for site in o.sites)) for o in plan.orders]
         swapped = {site.weight for operand in plan.operands for site in operand.sites}
         # A dense weight whose scheme hangs on its path: nothing guards it, so every new one is checked.
         self.watched: list[tuple[int, Site]] = []
@@ -104,12 +105,10 @@ class Compiled:
             _drop_grad_modes(graph)
         graph.recompile()
         self.keep = [i for node, i in position.items() if node not in dropped]
-        fakes = [
-            node.meta["example_value"]
-            for operand, _ in self.operands
-            for node in operand.inputs
-            if node is not None
-        ]
+        inputs = [o.input for o in plan.orders]  # they were added before the tensors of any kernel
+        inputs += [node for operand, _ in self.operands for node in operand.inputs if node is not None]
+        assert inputs == sorted(inputs, key=order.__getitem__)
+        fakes = [node.meta["example_value"] for node in inputs]
         self.inner = self._compile(graph, [*(values[i] for i in self.keep), *fakes])
         if any(not isinstance(plan.tensor(node), QuantizedParameter) for node in swapped):
             _warn_of_dense_weights()
@@ -132,7 +131,7 @@ class Compiled:
             args = (*args, *lifted(self.lifted))
         if self.watched:
             self._check(args)
-        packs: list[Tensor] = []
+        packs = [order.tensor([args[i] for i in positions]) for order, positions in self.orders]
         for operand, positions in self.operands:
             packed = operand.packed([args[i] for i in positions])
             packs += [t for t in packed.call_tensors() if t is not None]

@@ -25,6 +25,11 @@ class Decision:
     rule: Rule | None = None
     spec: LinearSpec | None = None
 
+    @property
+    def sorted(self) -> bool:
+        """Whether the kernel takes the weight with its inputs sorted by groups."""
+        return self.kernel is not None and self.spec is not None and self.kernel.sorts(self.spec)
+
 
 def leave_dense(module: nn.Module, name: str, reason: str) -> None:
     """Mark the dense parameter module.`name`: a later compile must not quantize it by default.
@@ -93,7 +98,8 @@ def _quantized(
     explicit: bool,
 ) -> Decision:
     rule = config.rule_for(weight.fqn or name, kind)
-    chosen, reason = choose_kernel(weight.packed.spec, kernel, weight.fqn or name)
+    sortable = weight.packed.order is not None
+    chosen, reason = choose_kernel(weight.packed.spec, kernel, weight.fqn or name, sortable=sortable)
     asked = rule.scheme.fitted(weight.packed.spec.in_features)[0] if rule and rule.scheme else None
     if explicit and asked != weight.scheme:
         differs = f"quantized before; the options ask for {asked or 'dense'}"

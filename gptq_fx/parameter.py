@@ -39,8 +39,8 @@ class QuantizedParameter(torch.Tensor):
 
     It is a traceable wrapper subclass whose one inner tensor is a handle, so that graphs and guards do
     not depend on the layout the bytes are in: `packed` may be lowered to a kernel, or merged with its
-    siblings, after a graph was traced. Scheme, shape and dtype are in the flatten metadata, which
-    Dynamo guards: layers of different schemes never share a graph.
+    siblings, after a graph was traced. Scheme, shape, dtype and whether there is an order to sort it by
+    are in the flatten metadata, which Dynamo guards: layers of different schemes never share a graph.
 
     Linear calls on it run the kernel it is packed for. detach, clone, deepcopy, to, t, state_dict,
     load_state_dict, torch.save and torch.load work; any other dense operation raises DenseUseError.
@@ -70,11 +70,11 @@ class QuantizedParameter(torch.Tensor):
             assert packed is not None
             spec = packed.spec
             shape = _flipped(spec.shape) if transposed else spec.shape
-            meta: Any = (spec.scheme, shape, spec.dtype, packed.device)
+            meta: Any = (spec.scheme, shape, spec.dtype, packed.device, packed.order is not None)
             handle = packed.handle
         else:
             handle, meta = fake[0], fake[1]
-        scheme, shape, dtype, device = meta
+        scheme, shape, dtype, device, _ = meta
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         assert isinstance(self, QuantizedParameter)
         self._packed, self.scheme, self.handle = packed, scheme, handle
@@ -171,8 +171,8 @@ class QuantizedParameter(torch.Tensor):
         transposed = self.transposed != flip
         if packed is not None:
             return QuantizedParameter(packed, self.fqn, transposed)
-        scheme, shape, dtype, device = self._flat[1][0]
-        meta = (scheme, _flipped(shape) if flip else shape, dtype, device)
+        scheme, shape, *rest = self._flat[1][0]
+        meta = (scheme, _flipped(shape) if flip else shape, *rest)
         return QuantizedParameter(None, self.fqn, transposed, fake=(self.handle, meta))
 
     @classmethod

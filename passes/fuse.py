@@ -41,7 +41,8 @@ def fuse(gm: fx.GraphModule, plan: Plan) -> int:
 
 def _spec(operand: Operand, plan: Plan) -> LinearSpec:
     (site,) = operand.sites
-    return site.quantized(plan.tensor(site.weight)).spec
+    spec = site.quantized(plan.tensor(site.weight)).spec
+    return spec.ordered if operand.sorted else spec
 
 
 def _mergeable(group: list[Operand], plan: Plan) -> bool:
@@ -74,4 +75,4 @@ def _fuse(gm: fx.GraphModule, plan: Plan, group: list[Operand]) -> Operand:
         gm.graph.erase_node(operand.node)
         plan.remove_inputs(gm, operand)
         site.node = whole
-    return Operand(sites, whole, get_kernel("reference"), inputs)
+    return Operand(sites, whole, get_kernel("reference"), inputs, group[0].sorted)

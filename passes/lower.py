@@ -31,9 +31,9 @@ def _lower(gm: fx.GraphModule, plan: Plan, operand: Operand) -> None:
     if operand.node.target is ops.linear:
         bias = operand.node.args[5]
         operand.node.target = kernel.op
-        operand.node.args = (x, *inputs, bias, *kernel.op_args(packed.spec))
+        operand.node.args = (x, *inputs, bias, *kernel.op_args(packed.layout))
     else:
         which = operand.node.args[2]
-        operand.node.args = (x, *grouped.call(kernel, inputs, which, packed.spec))
+        operand.node.args = (x, *grouped.call(kernel, inputs, which, packed.layout))
     plan.remove_inputs(gm, operand)
     operand.inputs = inputs

@@ -34,6 +34,8 @@ class Stage:
             weights = [self.plan.tensor(site.weight) for site in operand.sites]
             tensors = operand.packed(weights).call_tensors()
             values.update({n: t for n, t in zip(operand.inputs, tensors, strict=True) if n is not None})
+        for order in self.plan.orders:
+            values[order.input] = order.tensor([self.plan.tensor(site.weight) for site in order.sites])
         self.graph.recompile()
         with torch.no_grad():
             return self.graph(*(values[n] for n in self.graph.graph.nodes if n.op == "placeholder"))[0]

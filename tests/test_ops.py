@@ -8,6 +8,7 @@ from gptq_fx import QuantizedWeight, Scheme
 from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
 from gptq_fx.kernels import LinearSpec, grouped, kernels
 from gptq_fx.ops import linear
+from gptq_fx.order import gather_grouped, gather_indexed
 from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import BITS
 
@@ -69,6 +70,11 @@ def _many_rows_samples():
         yield x, args[1], args[2], x.new_empty(x.shape[0], args[1].shape[0])
 
 
+def _gather_samples(which):
+    order = torch.stack([torch.randperm(K) for _ in range(3)])
+    yield torch.randn(5, K), order, torch.tensor(which)
+
+
 SAMPLES = {
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
     # checked in kernels/test_ascend.py, where its op of torch_npu is emulated
@@ -78,6 +84,8 @@ SAMPLES = {
     "gptq::handle_experts": (handle_experts, _handle_experts_samples),
     "gptq::grouped_linear": (grouped.grouped_linear, _grouped_samples),
     "gptq::indexed_linear": (grouped.indexed_linear, _indexed_samples),
+    "gptq::gather_grouped": (gather_grouped, lambda: _gather_samples([2, 2, 4])),
+    "gptq::gather_indexed": (gather_indexed, lambda: _gather_samples([2, 0, 1, 1, 2])),
     "gptq::cpu_int4_many_rows": (torch.ops.gptq.cpu_int4_many_rows.default, _many_rows_samples),
 }
 OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gptq::"))
