@@ -73,12 +73,19 @@ CHECKS["transformers + optimum"] = CHECKS["GPTQModel 7.7"]
 
 
 def readers(
-    modules: Mapping[str, Stored], dense: Collection[str] = (), *, mixed: bool = False
+    modules: Mapping[str, Stored],
+    dense: Collection[str] = (),
+    *,
+    mixed: bool = False,
+    marlin: bool = False,
 ) -> tuple[Reader, ...]:
-    """What each program makes of a checkpoint. dense: its other modules. mixed: it has `dynamic` rules."""
+    """What each program makes of a checkpoint. dense: its other modules. mixed: it has `dynamic` rules.
+
+    marlin: its files hold the layout of that kernel, which only old versions of these programs wrote.
+    """
     found = []
     for program, checks in CHECKS.items():
-        reasons = []
+        reasons = ["Marlin's layout: load it and save it again"] if marlin else []
         for what, refuses in checks:
             bad = [name for name, module in modules.items() if refuses(module)]
             if bad:

@@ -169,6 +169,20 @@ def checkpoint_names(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     return reverted
 
 
+def keep_converters(model: Any) -> None:
+    """Let `checkpoint_names` know of the experts that we stacked.
+
+    transformers remembers, for saving, the converters that it used itself: none where all experts are ours.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    used = model._weight_conversions
+    known = {tuple(t.source_patterns) for t in used}
+    table = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    model._weight_conversions = [*used, *(t for t in table if tuple(t.source_patterns) not in known)]
+
+
 def parts(
     model: Any, name: str, experts: int, rows: int, transposed: bool
 ) -> dict[str, tuple[int, int, int]]:
