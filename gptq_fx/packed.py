@@ -78,6 +78,12 @@ class PackedWeight:
         weight = self.kernel.unpack_all(self.tensors, self.layout)
         return unsort(weight, self.order) if self.sorted and self.order is not None else weight
 
+    def expert(self, index: int) -> QuantizedWeight:
+        """The canonical form of one expert of a stack; the others are not touched."""
+        one = tuple(None if t is None else t[index : index + 1] for t in self.tensors)
+        weight = self.kernel.unpack_all(one, replace(self.layout, experts=1)).expert(0)
+        return unsort(weight, self.order[index]) if self.sorted and self.order is not None else weight
+
     def lower(self, kernel: Kernel, sorted: bool | None = None) -> None:
         """Take the layout of `kernel`, if the weight is not in it; `sorted`, or as the kernel wants it."""
         if sorted is None:
