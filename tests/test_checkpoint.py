@@ -110,7 +110,7 @@ def test_experts_come_back(name: str, sym: bool, tmp_path: Path) -> None:
 def test_saving_unpacks_one_expert_at_a_time(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = EXPERTS["qwen3_moe"].build(torch.bfloat16)
+    whole = EXPERTS["qwen3_moe"].build(torch.bfloat16, moe_intermediate_size=64)
     experts = act_ordered(whole.model.layers[0].mlp.experts)
     gptq_fx.quantize(whole, GPTQConfig(group_size=32), progress=False)
     whole.model.layers[0].mlp.experts = experts
