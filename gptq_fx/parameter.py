@@ -13,6 +13,7 @@ from gptq_fx.errors import DenseUseError
 from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
 from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import Scheme
+from gptq_fx.state import copy_into, packed_of, state_of
 from gptq_fx.weight import QuantizedWeight
 
 aten = torch.ops.aten
@@ -210,7 +211,7 @@ class QuantizedParameter(torch.Tensor):
             if flip is not None and spelling.swaps_two_dims(flip, args[1:], self.ndim):
                 return self._alias(self._packed, flip=True)
             if func is aten.copy_.default:
-                return _copy(args[0], args[1])
+                return copy_into(args[0], args[1], cls)
         found = self if self is not None else next(a for a in _flat(args) if isinstance(a, cls))
         raise DenseUseError(
             f"{found.fqn or 'a weight'}: {func} needs the dense weight, which exists only as "
@@ -226,16 +227,7 @@ class QuantizedParameter(torch.Tensor):
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        weight = self.quantized_weight()
-        state = (self.fqn, self.transposed, self.packed.error, _is_parameter(self))
-        tensors = [None if t is None else _compact(t) for t in weight.tensors]
-        scheme = (
-            self.scheme.bits,
-            self.scheme.group_size,
-            self.scheme.sym,
-            self.scheme.desc_act,
-        )
-        return _rebuild, (weight.in_features, tensors, scheme, state)
+        return _rebuild, state_of(self)
 
 
 def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -257,13 +249,6 @@ def _experts(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         if ids.dtype in (torch.int64, torch.int32):
             return args[0].select(ids)  # type: ignore[attr-defined,no-any-return]
     return None
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    """The tensor without what else its storage holds: a part of a merged pack is a view."""
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _flat(args: Any) -> Any:
@@ -290,34 +275,8 @@ def _rebuild(
 ) -> QuantizedParameter:
     """What torch.load calls."""
     fqn, transposed, error, parameter = state
-    qweight, scales, qzeros, g_idx = tensors
-    assert qweight is not None and scales is not None
-    weight = QuantizedWeight(scheme[0], in_features, qweight, scales, qzeros, g_idx)
-    new = QuantizedParameter(PackedWeight(weight, Scheme(*scheme), error), fqn, transposed)
+    new = QuantizedParameter(packed_of(in_features, tensors, scheme, error), fqn, transposed)
     return as_parameter(new) if parameter else new
-
-
-def _copy(to: Tensor, source: Tensor) -> Tensor:
-    """to.copy_(source), as load_state_dict calls it."""
-    if not isinstance(to, QuantizedParameter):
-        assert isinstance(source, QuantizedParameter)
-        raise DenseUseError(
-            f"{source.fqn}: a quantized weight cannot be copied into a dense parameter. "
-            "Legal: load_state_dict(..., assign=True), or quantize the model first"
-        )
-    if not isinstance(source, QuantizedParameter):
-        raise DenseUseError(
-            f"{to.fqn}: a dense weight cannot be copied into a quantized parameter. "
-            "Legal: load it into the dense model and quantize that"
-        )
-    same = (source.scheme, source.shape, source.transposed) == (to.scheme, to.shape, to.transposed)
-    if not same:
-        raise DenseUseError(
-            f"{to.fqn}: found {source.scheme} {list(source.shape)} in the state dict. "
-            f"Legal here: {to.scheme} {list(to.shape)}"
-        )
-    to.packed.adopt(source.packed.to(to.device, to.dtype))
-    return to
 
 
 torch.serialization.add_safe_globals([_rebuild])

@@ -303,3 +303,16 @@ def test_inductor_makes_the_gather_part_of_what_computes_the_input() -> None:
         assert relative(found, output(dense_twin(Block(model)), {"x": x_of(4, 64)})) <= 2 * LINEAR[BF16]
         assert ("index_select" in code) == (len(counts) == 2)
     assert counts[0] == counts[1] > 0
+
+
+def test_a_state_dict_cannot_make_a_weight_unsortable() -> None:
+    """Graphs are guarded by whether it can be sorted."""
+    model, other = attention(), attention()
+    make_uneven(other.q)
+    with pytest.raises(gptq_fx.DenseUseError, match="in the state dict"):
+        model.load_state_dict(other.state_dict())
+    model.load_state_dict(attention({"q": 5}).state_dict())
+    x = x_of(3, 64)
+    close(
+        output(torch.compile(model, backend="gptq", options={"inner_backend": "eager"}), {"x": x}), model, x
+    )
