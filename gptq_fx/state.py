@@ -60,16 +60,16 @@ def copy_into(to: Tensor, source: Tensor, quantized: type[QuantizedParameter]) -
             f"{to.fqn}: a dense weight cannot be copied into a quantized parameter. "
             "Legal: load it into the dense model and quantize that"
         )
-    if _described(source) != _described(to):
+    if (source.transposed, _described(source)) != (to.transposed, _described(to)):
         raise DenseUseError(
-            f"{to.fqn}: found {source.scheme} {list(source.shape)} in the state dict. "
-            f"Legal here: {to.scheme} {list(to.shape)}"
+            f"{to.fqn}: found {_described(source)} in the state dict. Legal here: {_described(to)}"
         )
     to.packed.adopt(source.packed.to(to.device, to.dtype))
     return to
 
 
-def _described(parameter: QuantizedParameter) -> tuple[Any, ...]:
+def _described(parameter: QuantizedParameter) -> str:
     """What graphs were guarded by: a copy must not change it."""
-    ordered = parameter.packed.order is not None
-    return parameter.scheme, tuple(parameter.shape), parameter.transposed, ordered
+    unsortable = parameter.scheme.desc_act and parameter.packed.order is None
+    groups = " in groups of different sizes" if unsortable else ""
+    return f"{parameter.scheme}{groups} {list(parameter.shape)}"
