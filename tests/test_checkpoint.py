@@ -536,3 +536,15 @@ def test_readers() -> None:
     alone = {"a.up_proj": Stored(Scheme(4), 128, 128, "torch.float16")}
     assert not readers(alone)[1].reasons
     assert "a: gate_proj, up_proj differ" in readers(alone, ["a.gate_proj"])[1].reasons[0]
+
+
+def test_readers_of_experts() -> None:
+    def found(name: str) -> dict[str, str]:
+        stored = {name: Stored(Scheme(4, 128), 128, 128, "torch.float16")}
+        return {reader.name.split()[0]: "; ".join(reader.reasons) for reader in readers(stored)}
+
+    qwen = found("model.layers.0.mlp.experts.0.up_proj")
+    assert not qwen["GPTQModel"] and not qwen["vLLM"] and "random numbers" in qwen["transformers"]
+    mixtral = found("model.layers.0.block_sparse_moe.experts.0.w1")
+    assert "gate_proj" in mixtral["GPTQModel"] and not mixtral["vLLM"]
+    assert not any(found("model.layers.0.mlp.up_proj").values())

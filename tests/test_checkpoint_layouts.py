@@ -91,6 +91,7 @@ LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 LAYOUTS: dict[str, tuple[str, tuple[str, str, str], tuple[str, ...]]] = {
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), ATTENTION),
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), ATTENTION),
+    "mixtral of GPTQModel": ("mlp", ("gate_proj", "up_proj", "down_proj"), ATTENTION),
     "deepseek_v3": ("mlp", ("gate_proj", "up_proj", "down_proj"), LATENT),
 }
 
@@ -98,7 +99,7 @@ LAYOUTS: dict[str, tuple[str, tuple[str, str, str], tuple[str, ...]]] = {
 def write_experts(name: str, writer: Writer, folder: Path) -> nn.Module:
     """The files; and the model of transformers with the dense weights that they mean."""
     block, parts, attention = LAYOUTS[name]
-    model = EXPERTS[name].build()
+    model = EXPERTS[name.partition(" ")[0]].build()
     wanted: dict[str, Tensor] = {}
     linears = [f"self_attn.{leaf}" for leaf in attention]
     linears += [
@@ -145,6 +146,11 @@ def test_experts_of_the_files_are_those_of_the_model(
     # and saved again under the same names, integer for integer
     gptq_fx.save_pretrained(loaded, tmp_path / "out")
     one, other = (load_file(tmp_path / f / "model.safetensors") for f in ("in", "out"))
+    if "of GPTQModel" in name:  # saved in the spelling of the Hub, which vLLM and SGLang read
+        in_theirs = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+        other = {n.replace(".block_sparse_moe.", ".mlp."): t for n, t in other.items()}
+        for leaf, theirs in in_theirs.items():
+            other = {n.replace(leaf, theirs): t for n, t in other.items()}
     assert one.keys() == other.keys()
     same = [n for n in one if n.endswith(("qweight", "g_idx", "scales"))]
     assert same and all(torch.equal(one[n], other[n]) for n in same)
@@ -186,6 +192,18 @@ def test_rows_of_one_expert_in_two_orders(tmp_path: Path) -> None:
         CheckpointError, match=rf"{EXPERT}\.gate_proj and {EXPERT}\.up_proj differ in their g_idx"
     ):
         gptq_fx.from_pretrained(folder)
+
+
+def test_one_expert_in_both_spellings(tmp_path: Path) -> None:
+    write_experts("mixtral", Writer(), tmp_path / "in")
+
+    def twice(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n in tensors if "block_sparse_moe.experts.2.w1." in n]:
+            other = name.replace("block_sparse_moe", "mlp").replace(".w1.", ".gate_proj.")
+            tensors[other] = tensors[name].clone()
+
+    with pytest.raises(CheckpointError, match=r"experts\.2\.gate_proj\.qweight: is what .*\.w1 is in"):
+        gptq_fx.from_pretrained(rewritten(tmp_path / "in", twice))
 
 
 def test_an_expert_in_its_natural_order_among_others(tmp_path: Path) -> None:

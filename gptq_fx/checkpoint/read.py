@@ -119,8 +119,9 @@ def _places(
     settings: CheckpointSettings,
     modules: Sequence[str],
 ) -> list[Place]:
-    """One place for each quantized module; several modules that make one parameter would meet here."""
+    """One place for each parameter that quantized modules make."""
     places: dict[str, Place] = {}
+    stacks: dict[str, list[str]] = {}
     ignored = skeleton.ignored_unexpected(model)
     for module in modules:
         example = next(n for leaf in settings.leaves if (n := f"{module}.{leaf}") in files.entries)
@@ -133,16 +134,15 @@ def _places(
                 continue
             raise files.error(example, f"the model has no {target} (config.json: {type(model).__name__})")
         if part and names.state[target].ndim == 3:
-            if target not in places:
-                places[target] = _stack(model, names, files, settings, modules, target)
-            if module not in places[target].modules:
-                raise files.error(example, f"is no part of {target}, to which transformers gives it")
+            stacks.setdefault(target, []).append(module)
             continue
         if part:
             raise files.error(example, f"is one of several that make {target}, which is not in this version")
         if target in places:
             raise files.error(example, f"{target} is made of {places[target].modules[0]} already")
         places[target] = _place(model, names, files, settings, module, target)
+    for target, members in stacks.items():
+        places[target] = _stack(model, names, files, settings, members, target)
     return list(places.values())
 
 
@@ -160,13 +160,29 @@ def _stack(
     transposed = bool(getattr(holder, "is_transposed", False))
     rows = weight.shape[-1 if transposed else -2]
     cut = skeleton.parts(model, target, weight.shape[0], rows, transposed)
-    missing = sorted(cut.keys() - set(modules))
+    expected = {_role(name): name for name in cut}
+    found: dict[tuple[str, str], str] = {}
+    for module in modules:
+        role, tensor = _role(module), f"{module}.{settings.leaves[0]}"
+        if role not in expected:
+            raise files.error(tensor, f"is no part of {target}, to which transformers gives it")
+        if role in found:
+            raise files.error(tensor, f"is what {found[role]} is in {target}")
+        found[role] = module
+    missing = sorted(name for role, name in expected.items() if role not in found)
     if missing:
         raise CheckpointError(
             f"{files.folder.name}: {missing[0]}.{settings.leaves[0]}: missing; "
             f"{target} is made of {len(cut)} modules"
         )
-    return Place(target, tuple(cut), transposed, tuple(weight.shape), weight.dtype, tuple(cut.values()))
+    ordered = tuple(found[role] for role in expected)
+    return Place(target, ordered, transposed, tuple(weight.shape), weight.dtype, tuple(cut.values()))
+
+
+def _role(module: str) -> tuple[str, str]:
+    """(expert, which of its matrices) of a module, in either of the two spellings."""
+    holder, _, leaf = module.rpartition(".")
+    return holder.rpartition(".")[2], skeleton.SPELLINGS.get(leaf, leaf)
 
 
 def _place(

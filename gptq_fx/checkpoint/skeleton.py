@@ -19,6 +19,9 @@ from torch import nn
 from gptq_fx.checkpoint.files import TensorFiles, read_json
 from gptq_fx.errors import CheckpointError
 
+# GPTQModel names the matrices of all experts alike, transformers' table those of Mixtral as its authors did.
+SPELLINGS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+EXPERT = re.compile(r"(\.experts\.\d+)\.(gate_proj|up_proj|down_proj)\.")
 MAX_BUFFERS = 1 << 30  # bytes of tables a model may compute, or as much as the checkpoint has
 
 
@@ -92,6 +95,13 @@ class Names:
 
     def find(self, name: str) -> tuple[str, bool]:
         """The path of a checkpoint's tensor, and whether it is only a part of what is there."""
+        found = self._find(name)
+        if found[0] not in self.state:
+            other = EXPERT.sub(lambda m: f"{m[1]}.{SPELLINGS[m[2]]}.", name)
+            found = self._find(other) if self._find(other)[0] in self.state else found
+        return found
+
+    def _find(self, name: str) -> tuple[str, bool]:
         from transformers.core_model_loading import rename_source_key
 
         path, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)

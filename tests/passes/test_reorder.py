@@ -309,7 +309,7 @@ def test_a_state_dict_cannot_make_a_weight_unsortable() -> None:
     """Graphs are guarded by whether it can be sorted."""
     model, other = attention(), attention()
     make_uneven(other.q)
-    with pytest.raises(RuntimeError, match="found .* in groups of different sizes .* in the state dict"):
+    with pytest.raises(RuntimeError, match=r"found .* in groups of different sizes .* in the state dict"):
         model.load_state_dict(other.state_dict())
     model.load_state_dict(attention({"q": 5}).state_dict())
     x = x_of(3, 64)
