@@ -102,7 +102,7 @@ def readers(
 
 
 def _experts(program: str, modules: Collection[str]) -> list[tuple[str, str]]:
-    """What programs make of matrices of single experts; measured, see examples/benchmarks/results/peers.md."""
+    """What programs make of matrices of single experts, as examples/benchmarks/peers.py finds it."""
     name = next((m for m in modules if re.search(r"\.experts\.\d+\.", m)), None)
     if name is None:
         return []
