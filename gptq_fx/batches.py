@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gptq_fx.errors import CalibrationError
+from gptq_fx.experts import IMPLEMENTATION
 from gptq_fx.observe import observe
 from gptq_fx.passes.calibrate import Run, StagedGraph
 
@@ -70,7 +71,7 @@ def for_calibration(model: nn.Module) -> Iterator[None]:
         for config in caching:
             stack.enter_context(mock.patch.object(config, "use_cache", False))
         for config in _configs(model):
-            if getattr(config, "_experts_implementation", None) in ("eager", "batched_mm"):
+            if getattr(config, "_experts_implementation", None) in ("eager", "batched_mm", IMPLEMENTATION):
                 stack.enter_context(
                     mock.patch.object(config, "_experts_implementation_internal", "grouped_mm")
                 )

@@ -60,15 +60,17 @@ def decide(
     transposed: bool = False,
     explicit: bool = False,
     calibrated: bool = False,
+    sortable: bool = True,
 ) -> Decision:
     """What happens to a weight [N, K] ([K, N] if `transposed`) at the site `name` of `kind`.
 
     explicit: the user gave options, which then apply to weights that `quantize` left dense.
     calibrated: inputs of the weight are known, by whose importance its features can be ordered.
+    sortable: there is a place where the inputs could be gathered in the order of a weight in act-order.
     Raises KernelError if no kernel, or not the one demanded, can run it.
     """
     if isinstance(weight, QuantizedParameter):
-        return _quantized(weight, name, kind, config, kernel, explicit)
+        return _quantized(weight, name, kind, config, kernel, explicit, sortable)
     if weight.dtype not in FLOATS:
         return Decision(None, None, f"{weight.dtype} weights are not quantized")
     left = getattr(weight, LEFT_DENSE, None)
@@ -96,9 +98,10 @@ def _quantized(
     config: GPTQConfig,
     kernel: str,
     explicit: bool,
+    sortable: bool,
 ) -> Decision:
     rule = config.rule_for(weight.fqn or name, kind)
-    sortable = weight.packed.order is not None
+    sortable = sortable and weight.packed.order is not None
     chosen, reason = choose_kernel(weight.packed.spec, kernel, weight.fqn or name, sortable=sortable)
     asked = rule.scheme.fitted(weight.packed.spec.in_features)[0] if rule and rule.scheme else None
     if explicit and asked != weight.scheme:

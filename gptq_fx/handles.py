@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_fx.ops import define_opaque
-from gptq_fx.packed import live
+from gptq_fx.packed import live, run_experts
 
 
 @define_opaque(
@@ -27,6 +27,25 @@ def handle_linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: 
 def handle_grouped(x: Tensor, handle: Tensor, ends: Tensor, out_features: int) -> Tensor:
     """x [S, K] -> [S, N] by the experts that `handle` names, as QuantizedParameter.grouped."""
     return live(handle).grouped(x, ends)
+
+
+@define_opaque(
+    "handle_block(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
+    "Tensor? down_bias, str activation) -> Tensor",
+    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+def handle_block(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """gptq::experts on the stacks that two handles name."""
+    return run_experts(x, ids, weights, live(gate_up), live(down), gate_up_bias, down_bias, activation)
 
 
 @define_opaque(

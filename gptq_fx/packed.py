@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_fx.kernels import Kernel, LinearSpec, Tensors, get_kernel, grouped
+from gptq_fx.kernels import Kernel, LinearSpec, Tensors, block, get_kernel, grouped
 from gptq_fx.order import gather, gather_grouped, order_of, sort, unsort
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
@@ -114,7 +114,8 @@ class PackedWeight:
         """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]."""
         if self.sorted and self.order is not None:
             x = gather_grouped(x, self.order, ends)
-        return grouped.grouped_linear(x, *grouped.call(self.kernel, self.call_tensors(), ends, self.layout))  # type: ignore[no-any-return]
+        op, rest = grouped.call(self.kernel, "grouped", self.call_tensors(), ends, self.layout)
+        return op(x, *rest)  # type: ignore[no-any-return]
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None) -> PackedWeight:
         """A new weight of the same integers, in canonical form."""
@@ -132,6 +133,33 @@ class PackedWeight:
 def live(handle: Tensor) -> PackedWeight:
     """The weight that a handle names."""
     return _LIVE[int(handle)]
+
+
+def run_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """gptq::experts: x [T, H], ids and weights [T, k] -> [T, H]."""
+    for stack in (gate_up, down):
+        if stack.sorted:  # a block has no place for a gather between its linears
+            stack.lower(get_kernel("reference"))
+    op, args = block.call(
+        (gate_up.kernel.name, down.kernel.name),
+        (
+            *(x, ids, weights, list(gate_up.call_tensors()), list(down.call_tensors())),
+            *(gate_up_bias, down_bias, activation),
+            *(list(p.kernel.op_args(p.layout)) for p in (gate_up, down)),
+        ),
+        gate_up.layout,
+        down.layout,
+    )
+    return op(*args)  # type: ignore[no-any-return]
 
 
 def can_merge(specs: Sequence[LinearSpec], kernel: Kernel) -> bool:

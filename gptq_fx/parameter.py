@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
-from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
-from gptq_fx.packed import PackedWeight
+from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
+from gptq_fx.packed import PackedWeight, run_experts
 from gptq_fx.scheme import Scheme
 from gptq_fx.state import copy_into, packed_of, state_of
 from gptq_fx.weight import QuantizedWeight
@@ -236,6 +236,9 @@ def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _experts(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The result of a call that takes a stack of experts, or None."""
+    whole = spelling.read_block(func, args, kwargs)
+    if whole is not None:
+        return _block(whole)
     call = spelling.read_grouped(func, args, kwargs)
     if call is not None and isinstance(call.weight, cls) and not isinstance(call.x, cls):
         return call.weight.grouped(call.x, call.ends, call.transposed)  # type: ignore[attr-defined,no-any-return]
@@ -249,6 +252,21 @@ def _experts(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         if ids.dtype in (torch.int64, torch.int32):
             return args[0].select(ids)  # type: ignore[attr-defined,no-any-return]
     return None
+
+
+def _block(call: spelling.Block) -> Tensor:
+    """gptq::quantized_experts on QuantizedParameters."""
+    stacks = (call.gate_up, call.down)
+    for stack in stacks:
+        if not isinstance(stack, QuantizedParameter) or stack.ndim != 3:
+            raise DenseUseError(
+                "gptq::quantized_experts: found a dense stack beside a quantized one. Legal: both of a kind"
+            )
+    packs = [stack._packed for stack in stacks]
+    if None in packs or type(call.x) not in (Tensor, torch.nn.Parameter):
+        y: Tensor = handle_block(*call._replace(gate_up=stacks[0].handle, down=stacks[1].handle))
+        return y
+    return run_experts(*call._replace(gate_up=packs[0], down=packs[1]))
 
 
 def _flat(args: Any) -> Any:

@@ -14,6 +14,7 @@ from gptq_fx.calibration import calibrate
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide, leave_dense
 from gptq_fx.errors import ConfigError
+from gptq_fx.experts import install
 from gptq_fx.grid import check_finite, relative_error, round_to_nearest
 from gptq_fx.linear import Linear, Quantized
 from gptq_fx.names import names_by_id
@@ -95,6 +96,7 @@ def quantize(
     for weight in chosen:
         setattr(weight.module, weight.leaf, made[_same(weight)])
     _untie(model, chosen)
+    install(model)
     for weight in weights:
         if weight.decision.scheme is None:
             reason = f"left dense by quantize: {weight.decision.reason}"

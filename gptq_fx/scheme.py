@@ -69,8 +69,9 @@ class Rule:
     """Which scheme some sites get; the first rule that matches a site decides.
 
     pattern: regular expression, matched from the start of the site's path ("" matches every path).
-    kind: one of KINDS, or None for every kind. A rule without a kind reaches routers and lm_head
-        only if its pattern names them: ".*" does not quantize what is skipped for good reason.
+    kind: one of KINDS, or None for every kind. "experts" covers their stacks however they are called,
+        in a whole block or as grouped linears. A rule without a kind reaches routers and lm_head only if its
+        pattern names them: ".*" does not quantize what is skipped for good reason.
     scheme: what the site gets; None leaves it dense.
     """
 
@@ -89,7 +90,7 @@ class Rule:
             raise ConfigError(f"rule scheme {self.scheme!r}. Legal: a gptq_fx.Scheme, or None")
 
     def matches(self, name: str, kind: str) -> bool:
-        if self.kind is not None and self.kind != kind:
+        if self.kind not in (None, kind) and not (self.kind == "experts" and kind == "grouped_linear"):
             return False
         if self.kind is None and self.scheme is not None and kind in ("router", "lm_head"):
             leaf = name.rpartition(".")[2]

@@ -122,6 +122,24 @@ def read_grouped(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gr
     return None if row is None else row(*args, **kwargs)
 
 
+class Block(NamedTuple):
+    """A whole block of experts: the arguments of gptq::quantized_experts."""
+
+    x: Any
+    ids: Any
+    weights: Any
+    gate_up: Any
+    down: Any
+    gate_up_bias: Any
+    down_bias: Any
+    activation: str
+
+
+def read_block(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Block | None:
+    """The block of experts that the call says, or None."""
+    return Block(*args, **kwargs) if call_name(call) == "gptq.quantized_experts" else None
+
+
 # Calls that swap the last two dimensions: name of the function, method or attribute.
 TRANSPOSES = {"t", "T", "mT", "H", "transpose", "swapaxes", "permute", "adjoint", "swapdims"}
 

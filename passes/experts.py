@@ -3,6 +3,7 @@
 _grouped_mm(x, W^T, ends)                  rows sorted by experts (transformers: grouped_mm)
 bmm(W[ids], x[S, K, 1]), bmm(x[S, 1, K], W[ids])        each row picks its own (batched_mm)
 bmm(x[E, M, K], W), x @ W, einsum          each expert has as many rows
+gptq::quantized_experts                    the whole block, of transformers' models that are quantized
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from gptq_fx import spelling
-from gptq_fx.kernels import LinearSpec, get_kernel, grouped
+from gptq_fx.kernels import LinearSpec, block, get_kernel, grouped
 from gptq_fx.passes.plan import ExpertsCall
 
 BMM = {"bmm", "matmul", "__matmul__", "aten.bmm", "aten.matmul"}
@@ -52,6 +53,19 @@ def read(node: fx.Node, stacks: Collection[fx.Node], through: Through) -> Found 
             weight, ids, flipped = found
             return weight, transposed != flipped, ExpertsCall("indexed", x, ids)
     return None
+
+
+def read_block(node: fx.Node, stacks: Collection[fx.Node]) -> list[tuple[fx.Node, ExpertsCall]]:
+    """The two stacks of the whole block that a node of the graph is, and how they are called, or nothing."""
+    call = (
+        spelling.read_block(node.target, node.args, dict(node.kwargs)) if node.op == "call_function" else None
+    )
+    if call is None or call.gate_up not in stacks or call.down not in stacks:
+        return []
+    return [
+        (call.gate_up, ExpertsCall("gate_up", call.x, call.ids)),
+        (call.down, ExpertsCall("down", call.x, call.ids)),
+    ]
 
 
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -108,27 +122,41 @@ def insert(
 ) -> tuple[fx.Node, fx.Node]:
     """The op on the canonical tensors, and the node with the shape of the call it replaces."""
 
-    def op(target: Any, x: fx.Node, which: fx.Node) -> fx.Node:
-        rest = grouped.call(get_kernel("reference"), inputs, which, spec)
+    def op(form: str, x: fx.Node, which: fx.Node) -> fx.Node:
+        target, rest = grouped.call(get_kernel("reference"), form, inputs, which, spec)
         return gm.graph.call_function(target, (x, *rest))
 
     method = gm.graph.call_method
     if call.form == "grouped":
         assert call.which is not None
-        node = op(grouped.grouped_linear, call.x, call.which)
+        node = op("grouped", call.x, call.which)
         return node, node
     if call.form == "indexed":
         assert call.which is not None
         dim = 1 if call.x.meta["example_value"].shape[1] == 1 else 2
-        node = op(grouped.indexed_linear, method("squeeze", (call.x, dim)), call.which)
+        node = op("indexed", method("squeeze", (call.x, dim)), call.which)
         return node, method("unsqueeze", (node, dim))
     rows = method("size", (call.x, 1))
     count = gm.graph.call_function(operator.mul, (rows, spec.experts))
     stop = gm.graph.call_function(operator.add, (count, 1))
     device = {"device": call.x.meta["example_value"].device}
     ends = gm.graph.call_function(torch.arange, (rows, stop, rows), device)
-    node = op(grouped.grouped_linear, method("reshape", (call.x, -1, spec.in_features)), ends)
+    node = op("grouped", method("reshape", (call.x, -1, spec.in_features)), ends)
     return node, method("reshape", (node, spec.experts, rows, spec.out_features))
+
+
+def insert_block(
+    gm: fx.GraphModule, node: fx.Node, stacks: Sequence[tuple[Sequence[fx.Node | None], LinearSpec]]
+) -> fx.Node:
+    """gptq::experts on the canonical tensors of both stacks, in place of gptq::quantized_experts."""
+    call = spelling.read_block(node.target, node.args, dict(node.kwargs))
+    assert call is not None
+    reference = get_kernel("reference")
+    tensors = [list(inputs) for inputs, _ in stacks]
+    args = [list(reference.op_args(spec)) for _, spec in stacks]
+    biases = (call.gate_up_bias, call.down_bias)
+    arguments = (call.x, call.ids, call.weights, *tensors, *biases, call.activation, *args)
+    return gm.graph.call_function(block.experts, (*arguments, reference.name, reference.name))
 
 
 def expert_rows(call: ExpertsCall, experts: int, value: Callable[[fx.Node], Any]) -> list[torch.Tensor]:

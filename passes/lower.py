@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
-from gptq_fx import ops
-from gptq_fx.kernels import grouped
+from gptq_fx.kernels import LinearSpec, block, grouped
 from gptq_fx.passes.plan import Operand, Plan
 from gptq_fx.progress import progress
 
@@ -13,27 +14,44 @@ from gptq_fx.progress import progress
 def lower(gm: fx.GraphModule, plan: Plan) -> int:
     """gptq::linear(x, canonical tensors, bias, bits) -> kernel.op(x, its tensors, bias, its args)
 
-    gptq::grouped_linear(x, canonical tensors, ends, N, "reference", ...) -> the same of the kernel.
+    gptq::grouped_linear(x, canonical tensors, ends, N, "reference", ...) -> the kernel's op for stacks, or
+        the same on its tensors.
+    gptq::experts(...) likewise, where one kernel has both stacks.
     """
+    blocks: dict[fx.Node, list[LinearSpec]] = {}
     for operand in progress(plan.operands, "packing weights"):
-        _lower(gm, plan, operand)
+        target = operand.node.target
+        spec = _lower(gm, plan, operand)
+        if target is block.experts:
+            blocks.setdefault(operand.node, []).append(spec)
+    for node, (gate_up, down) in blocks.items():
+        *args, first, second = node.args
+        node.target, node.args = block.call((str(first), str(second)), args, gate_up, down)
     return len(plan.operands)
 
 
-def _lower(gm: fx.GraphModule, plan: Plan, operand: Operand) -> None:
+def _lower(gm: fx.GraphModule, plan: Plan, operand: Operand) -> LinearSpec:
     decision = operand.sites[0].decision
     assert decision is not None and decision.kernel is not None
     kernel = operand.kernel = decision.kernel
     packed = operand.packed([plan.tensor(site.weight) for site in operand.sites])
-    x = operand.node.args[0]
-    stem = next(node.name for node in operand.inputs if node is not None)
+    spec, node = packed.layout, operand.node
+    stem = next(n.name for n in operand.inputs if n is not None)
     inputs = plan.add_inputs(gm, f"{kernel.name}_{stem}", packed.call_tensors())
-    if operand.node.target is ops.linear:
-        bias = operand.node.args[5]
-        operand.node.target = kernel.op
-        operand.node.args = (x, *inputs, bias, *kernel.op_args(packed.layout))
+    call = operand.sites[0].experts
+    if call is None:
+        node.args = (node.args[0], *inputs, node.args[5], *kernel.op_args(spec))
+        node.target = kernel.op
+    elif node.target is block.experts:
+        args: list[Any] = list(node.args)
+        slots = block.GATE_UP if call.form == "gate_up" else block.DOWN
+        for slot, value in zip(slots, (list(inputs), list(kernel.op_args(spec)), kernel.name), strict=True):
+            args[slot] = value
+        node.args = tuple(args)
     else:
-        which = operand.node.args[2]
-        operand.node.args = (x, *grouped.call(kernel, inputs, which, packed.layout))
+        form = "grouped" if node.target is grouped.grouped_linear else "indexed"
+        node.target, rest = grouped.call(kernel, form, inputs, node.args[2], spec)
+        node.args = (node.args[0], *rest)
     plan.remove_inputs(gm, operand)
     operand.inputs = inputs
+    return spec

@@ -34,7 +34,7 @@ ROUTER_STEPS = 16
 def match(gm: fx.GraphModule, plan: Plan) -> int:
     """Fill plan.sites, in the order of the graph; how many of them are linears."""
     weights = {n: None for n, v in plan.values.items() if _is_matrix(v)}
-    found = [s for n in gm.graph.nodes if (s := _linear_at(n, weights) or _experts_at(n, weights))]
+    found = [site for node in gm.graph.nodes for site in _sites_at(node, weights)]
     vocabulary = _largest_table(gm)
     for site in found:
         assert site.node is not None
@@ -59,6 +59,11 @@ def _is_matrix(value: Any) -> bool:
     )
 
 
+def _sites_at(node: fx.Node, weights: dict[fx.Node, None]) -> list[Site]:
+    linear = _linear_at(node, weights)
+    return [linear] if linear is not None else _experts_at(node, weights)
+
+
 def _linear_at(node: fx.Node, weights: dict[fx.Node, None]) -> Site | None:
     if node.op not in ("call_function", "call_method"):
         return None
@@ -78,13 +83,18 @@ def _linear_at(node: fx.Node, weights: dict[fx.Node, None]) -> Site | None:
     return Site(weight, "linear", "", "", spelled.transposed != flipped, node)
 
 
-def _experts_at(node: fx.Node, weights: dict[fx.Node, None]) -> Site | None:
+def _experts_at(node: fx.Node, weights: dict[fx.Node, None]) -> list[Site]:
     stacks = {w for w in weights if getattr(w.meta.get("example_value"), "ndim", 0) == 3}
-    found = experts.read(node, stacks, through_transposes) if stacks else None
+    if not stacks:
+        return []
+    block = experts.read_block(node, stacks)
+    if block:
+        return [Site(weight, "experts", "", "", False, node, call) for weight, call in block]
+    found = experts.read(node, stacks, through_transposes)
     if found is None:
-        return None
+        return []
     weight, transposed, call = found
-    return Site(weight, "grouped_linear", "", "", transposed, node, call)
+    return [Site(weight, "grouped_linear", "", "", transposed, node, call)]
 
 
 def read(node: fx.Node) -> spelling.Spelled | None:

@@ -28,6 +28,7 @@ class ExpertsCall:
     form: "grouped": x [S, K], rows sorted by experts, `which` [E] says where those of each end.
         "indexed": bmm of W[which] with x [S, 1, K] or [S, K, 1]; `which` [S] has the expert of each row.
         "stacked": bmm of x [E, M, K] with W; `which` is None.
+        "gate_up", "down": one of the two stacks of a whole block; `which` [T, k] has the experts of each row.
     """
 
     form: str
@@ -57,6 +58,11 @@ class Site:
     decision: Decision | None = None
 
     @property
+    def in_block(self) -> bool:
+        """Whether it is one stack of a whole block of experts, between whose linears nothing has a place."""
+        return self.experts is not None and self.experts.form in ("gate_up", "down")
+
+    @property
     def scheme(self) -> Scheme | None:
         return self.decision.scheme if self.decision else None
 
@@ -84,12 +90,11 @@ class Operand:
     sorted: bool = False
 
     @property
-    def taken(self) -> tuple[Any, ...]:
-        """The inputs as the call has them: a list where it is one of experts."""
-        weights = self.node.args[1]
-        if isinstance(weights, (list, tuple)):
-            return tuple(weights)
-        return self.node.args[1 : 1 + len(self.inputs)]
+    def taken(self) -> list[fx.Node]:
+        """The inputs in the order in which the call has them."""
+        arguments: list[Any] = []
+        fx.node.map_arg(self.node.args, arguments.append)
+        return [a for a in arguments if a in self.inputs]
 
     def packed(self, weights: Sequence[Tensor]) -> PackedWeight:
         """The pack of these weights in the layout of the kernel, made now if need be.

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from gptq_fx import ops
 from gptq_fx.kernels import LinearSpec, get_kernel
-from gptq_fx.passes.experts import insert
+from gptq_fx.passes.experts import insert, insert_block
 from gptq_fx.passes.match import read
 from gptq_fx.passes.plan import Operand, Plan, Site
 from gptq_fx.weight import packed_rows
@@ -16,31 +16,42 @@ from gptq_fx.weight import packed_rows
 def swap(gm: fx.GraphModule, plan: Plan) -> int:
     """linear(x, W, bias) -> gptq::linear(x, qweight, scales, qzeros, g_idx, bias, bits)
 
-    and calls on a stack of experts -> gptq::grouped_linear, or gptq::indexed_linear.
+    calls on a stack of experts -> gptq::grouped_linear, or gptq::indexed_linear
+    gptq::quantized_experts on two stacks -> gptq::experts
     """
-    chosen = [site for site in plan.sites if site.scheme is not None]
-    for site in chosen:
-        plan.operands.append(_swap(gm, plan, site))
-    return len(chosen)
+    calls: dict[fx.Node, list[Site]] = {}
+    for site in plan.sites:
+        if site.scheme is not None:
+            assert site.node is not None
+            calls.setdefault(site.node, []).append(site)
+    for node, sites in calls.items():
+        plan.operands += _swap(gm, plan, node, sites)
+    return len(calls)
 
 
-def _swap(gm: fx.GraphModule, plan: Plan, site: Site) -> Operand:
-    assert site.node is not None
-    spec = site.quantized(plan.tensor(site.weight)).spec
-    inputs = plan.add_inputs(gm, site.weight.name, canonical_examples(spec, plan))
-    with gm.graph.inserting_before(site.node):
-        if site.experts is not None:
-            call, result = insert(gm, site.experts, inputs, spec)
+def _swap(gm: fx.GraphModule, plan: Plan, node: fx.Node, sites: list[Site]) -> list[Operand]:
+    specs = [site.quantized(plan.tensor(site.weight)).spec for site in sites]
+    inputs = [
+        plan.add_inputs(gm, site.weight.name, canonical_examples(spec, plan))
+        for site, spec in zip(sites, specs, strict=True)
+    ]
+    with gm.graph.inserting_before(node):
+        if len(sites) > 1:
+            call = result = insert_block(gm, node, list(zip(inputs, specs, strict=True)))
+        elif sites[0].experts is not None:
+            call, result = insert(gm, sites[0].experts, inputs[0], specs[0])
         else:
-            spelled = read(site.node)
+            spelled = read(node)
             assert spelled is not None
-            args = (spelled.x, *inputs, spelled.bias, spec.scheme.bits)
+            args = (spelled.x, *inputs[0], spelled.bias, specs[0].scheme.bits)
             call = result = gm.graph.call_function(ops.linear, args)
-    result.meta.update(site.node.meta)
-    site.node.replace_all_uses_with(result)
-    gm.graph.erase_node(site.node)
-    site.node = call
-    return Operand((site,), call, get_kernel("reference"), inputs)
+    result.meta.update(node.meta)
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    for site in sites:
+        site.node = call
+    reference = get_kernel("reference")
+    return [Operand((site,), call, reference, taken) for site, taken in zip(sites, inputs, strict=True)]
 
 
 def canonical_examples(spec: LinearSpec, plan: Plan) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,8 @@ def verify(gm: fx.GraphModule, plan: Plan) -> None:
     assert set(placeholders) == {*plan.values, *added}, "inputs that belong to nobody"
     assert placeholders[: len(plan.values)] == list(plan.values), "the tracer's inputs moved"
     for operand in plan.operands:
-        assert operand.taken == operand.inputs, f"{operand.node} does not take the inputs of its operand"
+        inputs = [node for node in operand.inputs if node is not None]
+        assert operand.taken == inputs, f"{operand.node} does not take the inputs of its operand"
         for site in operand.sites:
             assert site.node is operand.node, f"{site.name} lost its node"
             assert site.scheme is not None, f"{site.name} was swapped, and has no scheme"

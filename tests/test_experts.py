@@ -15,22 +15,28 @@ from torch import Tensor, nn
 
 import gptq_fx
 from gptq_fx import GPTQConfig, QuantizedParameter, Report
+from gptq_fx.experts import quantized_experts
 from gptq_fx.gptq import Hessian, Settings, gptq
 from gptq_fx.grid import round_to_nearest
-from gptq_fx.kernels import get_kernel, grouped
-from gptq_fx.packed import PackedWeight
+from gptq_fx.kernels import choose_kernel, get_kernel, grouped
+from gptq_fx.kernels.block import ACTIVATIONS
+from gptq_fx.packed import PackedWeight, run_experts
 from gptq_fx.report import SiteRecord
 from gptq_fx.scheme import Scheme
 
 CONFIG = GPTQConfig(group_size=32)
 CROSS_SECTION = ("mixtral", "deepseek_v3", "gpt_oss", "llama4")
 FORMS = ("grouped_mm", "batched_mm")
-EVERY = [
-    pytest.param(name, form, marks=() if name in CROSS_SECTION else pytest.mark.slow)
-    for name in EXPERTS
-    for form in FORMS
-    if not (name == "llama4" and form == "batched_mm")  # it has one form, of its own
-]
+BLOCK = "gptq_fx"  # what quantize sets
+
+
+def _every(forms: tuple[str, ...]) -> list[Any]:
+    return [
+        pytest.param(name, form, marks=() if name in CROSS_SECTION else pytest.mark.slow)
+        for name in EXPERTS
+        for form in forms
+        if name != "llama4" or form == "grouped_mm"  # it has one form, of its own
+    ]
 
 
 def build(name: str, form: str | None = None, dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
@@ -72,7 +78,7 @@ def stacks(report: Report) -> list[SiteRecord]:
 # --- every family, in every form
 
 
-@pytest.mark.parametrize(("name", "form"), EVERY)
+@pytest.mark.parametrize(("name", "form"), _every(FORMS))
 def test_compiled_lazily_all_experts_are_quantized_and_right(name: str, form: str) -> None:
     model, inputs = build(name, form), EXPERTS[name].inputs()
     report = gptq_fx.explain(model, config=CONFIG, **inputs)
@@ -93,13 +99,16 @@ def test_compiled_lazily_all_experts_are_quantized_and_right(name: str, form: st
     assert relative(output(compiled(model), inputs), wanted) <= LINEAR[torch.float32]
 
 
-@pytest.mark.parametrize(("name", "form"), EVERY)
+@pytest.mark.parametrize(("name", "form"), _every((*FORMS, BLOCK)))
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_quantized_in_place_eager_and_compiled(name: str, form: str, calibrated: bool) -> None:
     if name == "llama4" and not calibrated:
         pytest.skip("no module says which way round its stacks are: see the test of what is reported")
-    dense, model, inputs = build(name, form), build(name, form), EXPERTS[name].inputs()
+    dense, model, inputs = build(name), build(name), EXPERTS[name].inputs()
     report = quantize(model, data() if calibrated else None)
+    if name != "llama4":
+        assert model.config._experts_implementation == BLOCK
+        model.set_experts_implementation(form)  # type: ignore[operator]
     assert all(site.scheme is not None for site in stacks(report))
     assert all((site.loss is not None) == calibrated for site in stacks(report))
     wanted = output(twin(dense, model), inputs)
@@ -107,24 +116,42 @@ def test_quantized_in_place_eager_and_compiled(name: str, form: str, calibrated:
     assert relative(output(compiled(model), inputs), wanted) <= LINEAR[torch.float32]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_with_the_routing_pinned(name: str, form: str) -> None:
-    """All experts take every token, so that no rounding can send one elsewhere."""
-    exact, inputs = build(name, form, num_experts_per_tok=4), EXPERTS[name].inputs()
-    model = build(name, form, torch.bfloat16, num_experts_per_tok=4)
+def _some(names: tuple[str, ...]) -> list[Any]:
+    """Every family of transformers' expert modules; those not named are slow."""
+    return [
+        pytest.param(name, marks=() if name in names else pytest.mark.slow)
+        for name in EXPERTS
+        if name != "llama4"  # its module takes rows that are routed already
+    ]
+
+
+@pytest.mark.parametrize("name", _some(("mixtral", "qwen3_moe", "gpt_oss")))
+@pytest.mark.parametrize("form", [*FORMS, BLOCK])
+@pytest.mark.parametrize("tokens", [1, 24], ids=["decode", "prefill"])
+def test_bfloat16_with_the_routing_pinned(name: str, form: str, tokens: int) -> None:
+    """The experts of one layer by themselves: no rounding in front of them can send a token elsewhere."""
+    model = build(name, None, torch.bfloat16)
+    exact, dense = copy.deepcopy(model).float(), copy.deepcopy(model)
     quantize(model)
-    wanted = output(twin(exact, model), inputs)
-    dense = output(twin(exact, model).bfloat16(), inputs)
-    bound = 1.5 * relative(dense.float(), wanted)
-    assert relative(output(model, inputs).float(), wanted) <= bound
-    assert relative(output(compiled(model), inputs).float(), wanted) <= bound
+    for each in (model, exact, dense):
+        each.set_experts_implementation(form)  # type: ignore[operator]
+    path, experts = next((n, m) for n, m in model.named_modules() if hasattr(m, "is_transposed"))
+    args = torch.randn(tokens, 64), torch.rand(tokens, 4).topk(2).indices, torch.rand(tokens, 2)
+    rounded = args[0].bfloat16(), args[1], args[2].bfloat16()
+    widened = rounded[0].float(), args[1], rounded[2].float()
+    with torch.no_grad():
+        wanted = twin(exact, model).get_submodule(path)(*widened)
+        bound = 1.5 * relative(twin(dense, model).get_submodule(path)(*rounded), wanted)
+        assert relative(experts(*rounded), wanted) <= bound
+        assert relative(compiled(experts)(*rounded), wanted) <= bound
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-def test_prefill_and_decode_give_the_tokens_of_the_dense_twin(name: str) -> None:
+@pytest.mark.parametrize("name", _some(("mixtral", "gpt_oss")))
+@pytest.mark.parametrize("form", [*FORMS, BLOCK])
+def test_prefill_and_decode_give_the_tokens_of_the_dense_twin(name: str, form: str) -> None:
     dense, model = build(name, "grouped_mm"), build(name, "grouped_mm")
     quantize(model)
+    model.set_experts_implementation(form)  # type: ignore[operator]
     numbers, ids = twin(dense, model), EXPERTS[name].inputs()["input_ids"]
     arguments = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
     wanted = numbers.generate(ids, disable_compile=True, **arguments)  # type: ignore[operator]
@@ -135,10 +162,19 @@ def test_prefill_and_decode_give_the_tokens_of_the_dense_twin(name: str) -> None
 def test_the_loop_over_experts_is_right_after_quantize() -> None:
     dense, model = build("mixtral", "eager"), build("mixtral", "eager")
     quantize(model, data())
+    model.set_experts_implementation("eager")  # type: ignore[operator]
     inputs = EXPERTS["mixtral"].inputs()
     wanted = output(twin(dense, model), inputs)
     assert relative(output(model, inputs), wanted) <= LINEAR[torch.float32]
-    assert model.config._experts_implementation == "eager"
+
+
+def test_the_loop_over_experts_becomes_the_block() -> None:
+    model = build("mixtral", "eager")
+    quantize(model)
+    assert model.config._experts_implementation == BLOCK
+    report = gptq_fx.explain(model, config=CONFIG, **EXPERTS["mixtral"].inputs())
+    assert {site.kind for site in stacks(report)} == {"experts"}
+    assert all(site.scheme is not None for site in stacks(report))
 
 
 def test_the_loop_over_experts_is_reported_with_what_to_do() -> None:
@@ -183,6 +219,115 @@ def test_a_quantized_stack_survives_copies_and_state_dicts() -> None:
     quantize(other, None)
     other.load_state_dict(copy.deepcopy(model).state_dict())
     assert torch.equal(output(other, inputs), wanted)
+
+
+# --- the whole block
+
+
+def test_other_backends_trace_the_block() -> None:
+    dense, model, inputs = build("mixtral"), build("mixtral"), EXPERTS["mixtral"].inputs()
+    quantize(model)
+    wanted = output(twin(dense, model), inputs)
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert relative(output(model, inputs), wanted) <= LINEAR[torch.float32]
+
+
+def test_experts_left_dense_run_in_the_grouped_form() -> None:
+    dense, model, inputs = build("mixtral"), build("mixtral"), EXPERTS["mixtral"].inputs()
+    quantize(model, dynamic={r"-:.*layers\.0\.mlp\.experts\.down": {}})
+    wanted = output(twin(dense, model), inputs)
+    kinds = {s.name: s.kind for s in stacks(gptq_fx.explain(model, config=CONFIG, **inputs))}
+    assert kinds["model.layers.0.mlp.experts.gate_up_proj"] == "grouped_linear"
+    assert kinds["model.layers.1.mlp.experts.gate_up_proj"] == "experts"
+    assert relative(output(model, inputs), wanted) <= LINEAR[torch.float32]
+    model.compile(backend="gptq", options={"inner_backend": "eager"}, fullgraph=True)
+    assert relative(output(model, inputs), wanted) <= LINEAR[torch.float32]
+
+
+def test_an_activation_that_no_kernel_knows_keeps_the_grouped_form() -> None:
+    dense, model = build("mixtral", hidden_act="relu"), build("mixtral", hidden_act="relu")
+    inputs = EXPERTS["mixtral"].inputs()
+    quantize(model)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert relative(output(model, inputs), output(twin(dense, model), inputs)) <= LINEAR[torch.float32]
+
+
+def test_a_rule_of_kind_experts_reaches_stacks_however_they_are_called() -> None:
+    model = build("mixtral", "grouped_mm")
+    report = quantize(model, data(), rules=[gptq_fx.Rule(kind="experts", scheme=Scheme(8, 32))])
+    assert {site.scheme.bits for site in stacks(report) if site.scheme} == {8}
+    assert {site.scheme.bits for site in report.sites if site.kind == "linear" and site.scheme} == {4}
+
+
+def test_a_dense_stack_beside_a_quantized_one_is_refused() -> None:
+    model = build("mixtral")
+    quantize(model)
+    experts = model.model.layers[0].mlp.experts  # type: ignore[union-attr,index]
+    x, ids = torch.randn(3, 64), torch.zeros(3, 1, dtype=torch.int64)
+    with pytest.raises(gptq_fx.DenseUseError, match="dense stack beside a quantized one"):
+        quantized_experts(
+            x, ids, torch.ones(3, 1), experts.gate_up_proj, torch.randn(4, 64, 128), None, None, "silu"
+        )
+
+
+def _dense_loop(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor, activation: str) -> Tensor:
+    """Every token, every choice, in float64."""
+    out = torch.zeros_like(x)
+    for t, token in enumerate(x):
+        for j, e in enumerate(ids[t].tolist()):
+            if e < len(up):
+                out[t] += weights[t, j] * (down[e] @ ACTIVATIONS[activation](up[e] @ token))
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    experts=st.integers(1, 6),
+    top=st.integers(1, 6),
+    spread=st.sampled_from(("any", "one", "none")),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    bits=st.sampled_from((4, 8)),
+    sym=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_block_against_a_dense_loop_in_float64(
+    tokens: int, experts: int, top: int, spread: str, activation: str, bits: int, sym: bool, seed: int
+) -> None:
+    """Experts without tokens, all tokens to one, one expert in all, top-k of all, and none at all."""
+    rng = torch.Generator().manual_seed(seed)
+    top = min(top, experts)
+    scheme = Scheme(bits, 32, sym)
+    up = round_to_nearest(torch.randn(experts, 64, 32, generator=rng), scheme)
+    down = round_to_nearest(torch.randn(experts, 32, 32, generator=rng), scheme)
+    ids = torch.stack([torch.randperm(experts, generator=rng)[:top] for _ in range(tokens)])
+    if spread != "any":
+        ids[:] = 0 if spread == "one" else experts
+    x, weights = torch.randn(tokens, 32, generator=rng), torch.rand(tokens, top, generator=rng)
+    packs = [PackedWeight(weight, scheme, None) for weight in (up, down)]
+    found = run_experts(x, ids, weights, *packs, None, None, activation)
+    numbers = [weight.dequantize(torch.float64) for weight in (up, down)]
+    wanted = _dense_loop(x.double(), ids, weights.double(), *numbers, activation)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_block_on_one_token_and_on_many(rows: int, dtype: torch.dtype) -> None:
+    scheme = Scheme(4, 32)
+    up = round_to_nearest((torch.randn(8, 128, 64) / 8).to(dtype), scheme)
+    down = round_to_nearest((torch.randn(8, 64, 64) / 8).to(dtype), scheme)
+    packs = [PackedWeight(weight, scheme, None) for weight in (up, down)]
+    for packed in packs:
+        packed.lower(choose_kernel(packed.spec)[0])
+    x, ids = torch.randn(rows, 64).to(dtype), torch.rand(rows, 8).topk(3).indices
+    weights = torch.rand(rows, 3).to(dtype)
+    found = run_experts(x, ids, weights, *packs, None, None, "silu")
+    dense = [weight.dequantize(dtype) for weight in (up, down)]
+    numbers = [weight.double() for weight in dense]
+    wanted = quantized_experts(x.double(), ids, weights.double(), *numbers, None, None, "silu")
+    plain = quantized_experts(x, ids, weights, *dense, None, None, "silu")
+    assert relative(found, wanted) <= max(LINEAR[torch.float32], 1.5 * relative(plain, wanted))
 
 
 # --- hand-written stacks
@@ -260,9 +405,9 @@ def test_grouped_against_a_loop_in_float64(
     torch.testing.assert_close(packed.grouped(x, ends).double(), wanted, rtol=1e-4, atol=1e-4)
     ids = torch.randint(len(counts), (7,), generator=generator)
     y = torch.randn(7, 64, generator=generator)
-    call = grouped.call(packed.kernel, packed.call_tensors(), ids, packed.spec)
+    op, rest = grouped.call(packed.kernel, "indexed", packed.call_tensors(), ids, packed.spec)
     wanted = torch.stack([row.double() @ numbers[e].T for row, e in zip(y, ids, strict=True)])
-    torch.testing.assert_close(grouped.indexed_linear(y, *call).double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(op(y, *rest).double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 4096])

@@ -5,8 +5,9 @@ import torch
 from tolerances import LINEAR, relative_error
 
 from gptq_fx import QuantizedWeight, Scheme
-from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
-from gptq_fx.kernels import LinearSpec, grouped, kernels
+from gptq_fx.experts import quantized_experts
+from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
+from gptq_fx.kernels import LinearSpec, block, grouped, kernels
 from gptq_fx.ops import linear
 from gptq_fx.order import gather_grouped, gather_indexed
 from gptq_fx.packed import PackedWeight
@@ -34,6 +35,10 @@ def _kernel_samples(kernel):
                 yield (x, *tensors, bias, *kernel.op_args(spec))
 
 
+def from_codes(codes):
+    return QuantizedWeight.from_codes(codes, torch.rand(1, codes.shape[1]), None, 4)
+
+
 KEPT = PackedWeight(make(), Scheme(4, 32), None)  # handles name a weight only while it is alive
 
 
@@ -47,12 +52,36 @@ STACK = PackedWeight(QuantizedWeight.stack([make(), make(), make()]), Scheme(4, 
 
 def _grouped_samples():
     ends = torch.tensor([2, 2, 5])
-    yield torch.randn(5, K), *grouped.call(STACK.kernel, STACK.call_tensors(), ends, STACK.spec)
+    yield torch.randn(5, K), *grouped.call(STACK.kernel, "grouped", STACK.call_tensors(), ends, STACK.spec)[1]
 
 
 def _indexed_samples():
     ids = torch.tensor([2, 0, 0, 1, 2])
-    yield torch.randn(5, K), *grouped.call(STACK.kernel, STACK.call_tensors(), ids, STACK.spec)
+    yield torch.randn(5, K), *grouped.call(STACK.kernel, "indexed", STACK.call_tensors(), ids, STACK.spec)[1]
+
+
+DOWN = PackedWeight(
+    QuantizedWeight.stack([from_codes(torch.randint(16, (16, K))) for _ in range(3)]), Scheme(4, -1), None
+)
+
+
+def _routed():
+    ids, weights = torch.tensor([[2, 0], [1, 3]]), torch.rand(2, 2)  # 3: no expert
+    return torch.randn(2, K), ids, weights
+
+
+def _block_samples():
+    tensors = list(STACK.call_tensors()), list(DOWN.call_tensors())
+    for biases in ((None, None), (torch.randn(3, N), torch.randn(3, K))):
+        yield *_routed(), *tensors, *biases, "silu", [4], [4], "reference", "reference"
+
+
+def _handle_block_samples():
+    yield *_routed(), STACK.handle, DOWN.handle, None, None, "gpt_oss"
+
+
+def _dense_block_samples():
+    yield *_routed(), torch.randn(3, N, K), torch.randn(3, K, N // 2), None, None, "gelu_tanh"
 
 
 def _handle_grouped_samples():
@@ -75,12 +104,50 @@ def _gather_samples(which):
     yield torch.randn(5, K), order, torch.tensor(which)
 
 
+def _cpu_stack(shape):
+    kernel = next(k for k in kernels() if k.name == "cpu_int4")
+    spec = LinearSpec(shape[2], shape[1], Scheme(4, 32), torch.bfloat16, "cpu", shape[0])
+    if kernel.refuses(spec) is not None:
+        return None
+    codes, scales = (
+        torch.randint(16, (shape[0], shape[2], shape[1])),
+        torch.rand(shape[0], shape[2] // 32, shape[1]),
+    )
+    return kernel.pack_all(QuantizedWeight.from_codes(codes, scales.bfloat16(), None, 4), spec)
+
+
+def _cpu_rows_samples(which):
+    tensors = _cpu_stack((3, 64, K))
+    if tensors is not None:
+        yield torch.randn(5, K).bfloat16(), *tensors, which, 32
+
+
+def _cpu_block_samples():
+    up, down = _cpu_stack((3, 128, K)), _cpu_stack((3, K, 64))
+    if up is not None and down is not None:
+        x, ids, weights = _routed()
+        biases = torch.randn(3, 128), torch.randn(3, K)
+        yield x.bfloat16(), ids, weights.bfloat16(), list(up), list(down), *biases, "silu", [32], [32]
+
+
 SAMPLES = {
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
     # checked in kernels/test_ascend.py, where its op of torch_npu is emulated
     "gptq::ascend_grouped_linear": (torch.ops.gptq.ascend_grouped_linear.default, lambda: ()),
     "gptq::handle_linear": (handle_linear, _handle_samples),
     "gptq::handle_grouped": (handle_grouped, _handle_grouped_samples),
+    "gptq::cpu_int4_grouped": (
+        torch.ops.gptq.cpu_int4_grouped.default,
+        lambda: _cpu_rows_samples(torch.tensor([2, 2, 4])),
+    ),
+    "gptq::cpu_int4_indexed": (
+        torch.ops.gptq.cpu_int4_indexed.default,
+        lambda: _cpu_rows_samples(torch.tensor([2, 0, 0, 1, 2])),
+    ),
+    "gptq::cpu_int4_experts": (torch.ops.gptq.cpu_int4_experts.default, _cpu_block_samples),
+    "gptq::experts": (block.experts, _block_samples),
+    "gptq::quantized_experts": (quantized_experts, _dense_block_samples),
+    "gptq::handle_block": (handle_block, _handle_block_samples),
     "gptq::handle_experts": (handle_experts, _handle_experts_samples),
     "gptq::grouped_linear": (grouped.grouped_linear, _grouped_samples),
     "gptq::indexed_linear": (grouped.indexed_linear, _indexed_samples),

@@ -16,6 +16,7 @@ from gptq_fx.checkpoint.settings import CheckpointSettings, read_settings
 from gptq_fx.checkpoint.stacks import Place, read_stack
 from gptq_fx.checkpoint.tensors import modules_of, read_module
 from gptq_fx.errors import CheckpointError
+from gptq_fx.experts import install
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter, as_parameter
 
@@ -267,6 +268,7 @@ def put(model: Any, made: Mapping[str, QuantizedParameter]) -> None:
     for one, other in list(tied.items()):
         if one in made or other in made:  # both are in the files, so that they are tied no longer
             del tied[one]
+    install(model)
 
 
 def _generation_config(model: Any, folder: Path) -> None:

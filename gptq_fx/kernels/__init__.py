@@ -3,8 +3,9 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, cpu, grouped, reference
+from gptq_fx.kernels import ascend, block, cpu, grouped, reference
 from gptq_fx.kernels.registry import (
+    ExpertOps,
     Kernel,
     LinearSpec,
     Tensors,
@@ -15,10 +16,12 @@ from gptq_fx.kernels.registry import (
 )
 
 __all__ = [
+    "ExpertOps",
     "Kernel",
     "LinearSpec",
     "Tensors",
     "ascend",
+    "block",
     "choose_kernel",
     "cpu",
     "get_kernel",

@@ -16,7 +16,8 @@ import threading
 import torch
 from torch import Tensor
 
-from gptq_fx.kernels.cpu_dequantize import dequantize_blocks
+from gptq_fx.kernels.cpu_dequantize import BLOCK, dequantize_blocks
+from gptq_fx.kernels.cpu_experts import CPU_EXPERTS
 from gptq_fx.kernels.registry import Kernel, LinearSpec, Tensors, register
 from gptq_fx.ops import define, define_opaque
 from gptq_fx.weight import QuantizedWeight
@@ -86,13 +87,6 @@ def unpack(tensors: Tensors, spec: LinearSpec) -> QuantizedWeight:
     middle = 2 ** (bits - 1)
     zeros = None if spec.scheme.sym else (middle - mins.float() / scales.float()).round()
     return QuantizedWeight.from_codes(unpack_codes(packed) - (8 - middle), scales, zeros, bits)
-
-
-def _block() -> int:
-    return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
-
-
-BLOCK = _block()
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
@@ -187,5 +181,6 @@ CPU_INT4 = register(
             tensors[1][:, start:stop] if tensors[1] is not None else None,
         ),
         note=note,
+        experts=CPU_EXPERTS,
     )
 )

@@ -15,6 +15,14 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+
+def block() -> int:
+    """Outputs in one block of the layout; 0 where it is not known."""
+    return {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+BLOCK = block()
+
 SOURCE = """
 #pragma GCC optimize("tree-loop-vectorize")  // Inductor turns it off: it vectorizes by hand
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""Linears of a stack of experts: each expert that has rows runs the kernel's own op on its part."""
+"""Linears of a stack of experts: by the kernel's own ops for stacks, or one expert behind the other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def grouped_linear(
     weights: the tensors of `kernel`, each with a leading dimension of experts. Rows behind the last end
     give zeros.
     """
-    run = _body(kernel)
+    run = body(kernel)
     parts: list[Tensor] = []
     start = 0
     for e, end in enumerate(ends.tolist()):
@@ -38,7 +38,8 @@ def grouped_linear(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _body(kernel: str) -> Callable[..., Tensor]:
+def body(kernel: str) -> Callable[..., Tensor]:
+    """op(x, *tensors, bias, *args) of the kernel of that name, as cheap to call as it can be."""
     found = get_kernel(kernel)
     return found.body or found.op
 
@@ -52,7 +53,7 @@ def indexed_linear(
     x: Tensor, weights: Tensors, ids: Tensor, out_features: int, kernel: str, args: Sequence[int]
 ) -> Tensor:
     """x [S, K] -> [S, N]: row s times the weight of expert ids[s]."""
-    run = _body(kernel)
+    run = body(kernel)
     out = x.new_empty(x.shape[0], out_features)
     order = ids.argsort(stable=True)
     hit, counts = torch.unique_consecutive(ids[order], return_counts=True)
@@ -62,6 +63,16 @@ def indexed_linear(
     return out
 
 
-def call(kernel: Kernel, tensors: Sequence[Any], which: Any, spec: LinearSpec) -> tuple[Any, ...]:
-    """The arguments of both ops behind x."""
-    return list(tensors), which, spec.out_features, kernel.name, list(kernel.op_args(spec))
+def call(
+    kernel: Kernel, form: str, tensors: Sequence[Any], which: Any, spec: LinearSpec
+) -> tuple[torch._ops.OpOverload, tuple[Any, ...]]:
+    """The op for a stack, and its arguments behind x; tensors and nodes of a graph alike.
+
+    form: "grouped", with `which` = ends [E], or "indexed", with `which` = ids [S].
+    """
+    args = kernel.op_args(spec)
+    own = kernel.expert_ops(spec)
+    if own is not None:
+        return (own.grouped if form == "grouped" else own.indexed), (*tensors, which, *args)
+    op = grouped_linear if form == "grouped" else indexed_linear
+    return op, (list(tensors), which, spec.out_features, kernel.name, list(args))

@@ -53,6 +53,25 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class ExpertOps:
+    """How a kernel runs a whole stack of experts [E, N, K] in one call, on the tensors of its pack.
+
+    supports: None, or why a stack of this spec runs expert by expert, with the kernel's own op.
+    grouped: op(x [S, K], *tensors, ends [E], *op_args) -> [S, N]; rows ends[e - 1] to ends[e] (from 0 for the
+        first) meet expert e, rows behind the last end give zeros.
+    indexed: op(x [S, K], *tensors, ids [S], *op_args) -> [S, N]; row s meets expert ids[s].
+    block: as `gptq::experts` (see block.py) without its last two arguments, the names of kernels; or None.
+    block_supports: (spec of gate_up, spec of down, activation) -> None, or why the block does not run so.
+    """
+
+    supports: Callable[[LinearSpec], str | None]
+    grouped: torch._ops.OpOverload
+    indexed: torch._ops.OpOverload
+    block: torch._ops.OpOverload | None = None
+    block_supports: Callable[[LinearSpec, LinearSpec, str], str | None] = lambda up, down, activation: None
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One way to run a quantized linear.
 
@@ -67,6 +86,7 @@ class Kernel:
     note: None, or what a user should know about how the kernel stores the spec.
     body: the function behind op, or None: it costs less to call, where nothing traces.
     stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
+    experts: how it runs a whole stack; None: each expert that has rows by itself, by `op`.
     """
 
     name: str
@@ -83,6 +103,7 @@ class Kernel:
     note: Callable[[LinearSpec], str | None] = lambda spec: None
     stacks: bool = False
     body: Callable[..., Tensor] | None = None
+    experts: ExpertOps | None = None
 
     def refuses(self, spec: LinearSpec) -> str | None:
         """Why this kernel cannot run `spec` here, or None."""
@@ -93,6 +114,12 @@ class Kernel:
     def sorts(self, spec: LinearSpec) -> bool:
         """Whether it runs a weight in act-order only with the inputs sorted by groups (gptq_fx/order.py)."""
         return spec.scheme.desc_act and self.refuses(spec) is not None
+
+    def expert_ops(self, spec: LinearSpec) -> ExpertOps | None:
+        """How it runs a stack of this spec in one call, or None."""
+        if self.experts is None or self.experts.supports(spec) is not None:
+            return None
+        return self.experts
 
     def pack_all(self, weight: QuantizedWeight, spec: LinearSpec) -> Tensors:
         """The tensors for a weight, or for a stack of experts."""

@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from tolerances import SAME_KERNEL, relative_error
+from tolerances import LINEAR, SAME_KERNEL, relative_error
 
 from gptq_fx import QuantizedWeight, Scheme
-from gptq_fx.kernels import LinearSpec, choose_kernel, cpu, get_kernel
+from gptq_fx.kernels import (
+    LinearSpec,
+    block,
+    choose_kernel,
+    cpu,
+    cpu_dequantize,
+    cpu_experts,
+    get_kernel,
+    grouped,
+)
 
 SPEC = LinearSpec(64, 32, Scheme(4, 32), torch.bfloat16, "cpu")
 
@@ -67,7 +76,7 @@ def test_unpack_codes_reads_what_aten_packs(here, N):
 
 def test_an_unknown_capability_gives_a_reason(monkeypatch, asked_anew):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "VSX")
-    monkeypatch.setattr(cpu, "BLOCK", cpu._block())
+    monkeypatch.setattr(cpu, "BLOCK", cpu_dequantize.block())
     assert cpu.CPU_INT4.refuses(SPEC) == "the int4 layout for VSX is not known"
     kernel, why = choose_kernel(SPEC)
     assert kernel.name == "reference"
@@ -152,3 +161,63 @@ def test_narrow_codes_are_stored_in_4_bits_and_the_report_says_so(here, bits):
 
 def test_4_bits_need_no_note(here):
     assert choose_kernel(SPEC) == (cpu.CPU_INT4, "")
+
+
+# --- experts
+
+
+def _stack(E, N, K=64, bits=4, sym=True):
+    spec = LinearSpec(K, N, Scheme(bits, 32, sym), torch.bfloat16, "cpu", E)
+    weights = [make(N, K, bits, sym=sym)[1] for _ in range(E)]
+    stack = QuantizedWeight.stack(weights)
+    return spec, stack, cpu.CPU_INT4.pack_all(stack, spec)
+
+
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_rows_of_experts_against_float64(here, bits, sym):
+    """By rows sorted by experts, and by rows that name their expert; some rows have none."""
+    spec, stack, tensors = _stack(4, 128, bits=bits, sym=sym)
+    dense, x = stack.dequantize(torch.float64), torch.randn(9, 64).bfloat16()
+    ids = torch.tensor([3, 0, 0, 1, 2, 3, 3, 1, 0])
+    wanted = torch.stack([row.double() @ dense[e].T for row, e in zip(x, ids, strict=True)])
+    op, rest = grouped.call(cpu.CPU_INT4, "indexed", tensors, ids, spec)
+    assert op.name() == "gptq::cpu_int4_indexed"
+    assert relative_error(op(x, *rest), wanted) <= LINEAR[torch.bfloat16]
+    ends = torch.tensor([2, 2, 5, 7], dtype=torch.int32)
+    wanted = torch.zeros_like(wanted)
+    for start, end, e in ((0, 2, 0), (2, 5, 2), (5, 7, 3)):
+        wanted[start:end] = x[start:end].double() @ dense[e].T
+    op, rest = grouped.call(cpu.CPU_INT4, "grouped", tensors, ends, spec)
+    found = op(x, *rest)
+    assert relative_error(found, wanted) <= LINEAR[torch.bfloat16]
+    assert not found[7:].any()
+
+
+def test_experts_of_few_and_of_many_rows_agree(monkeypatch, here):
+    up, down = _stack(4, 128), _stack(4, 64, 64)
+    x, ids, weights = torch.randn(5, 64).bfloat16(), torch.rand(5, 5).topk(3).indices, torch.rand(5, 3)
+    biases = torch.randn(4, 128).bfloat16(), torch.randn(4, 64).bfloat16()
+    results = []
+    for pairs in (cpu_experts.FEW_PAIRS, 0):
+        monkeypatch.setattr(cpu_experts, "FEW_PAIRS", pairs)
+        args = [x, ids, weights.bfloat16(), list(up[2]), list(down[2]), *biases, "gpt_oss", [32], [32]]
+        op, args = block.call(("cpu_int4", "cpu_int4"), args, up[0], down[0])
+        assert op.name() == "gptq::cpu_int4_experts"
+        results.append(op(*args))
+    assert relative_error(*results) <= SAME_KERNEL[torch.bfloat16]
+
+
+def test_outputs_that_fill_no_block_run_expert_by_expert(here):
+    spec = LinearSpec(64, 48, Scheme(4, 32), torch.bfloat16, "cpu", 2)
+    assert "not a multiple of" in cpu_experts.supports(spec)
+    assert cpu.CPU_INT4.expert_ops(spec) is None
+
+
+def test_without_a_compiler_experts_run_one_by_one(monkeypatch, here):
+    spec, _, tensors = _stack(2, 64)
+    x, ids = torch.randn(3, 64).bfloat16(), torch.tensor([1, 0, 1])
+    op, rest = grouped.call(cpu.CPU_INT4, "indexed", tensors, ids, spec)
+    wanted = op(x, *rest)
+    monkeypatch.setattr(cpu_experts, "_compiled", lambda: None)
+    assert relative_error(op(x, *rest), wanted) <= SAME_KERNEL[torch.bfloat16]

@@ -11,6 +11,7 @@ from graphs import Stage, after, name
 from models import EXPERTS, llama
 from torch import fx
 
+import gptq_fx
 from gptq_fx.kernels.cpu import CPU_INT4
 
 # The rest is the model's own arithmetic, which no pass touches and versions of transformers change.
@@ -30,6 +31,13 @@ def experts(last: str, name: str, implementation: str | None) -> str:
     block = model.model.layers[0]  # type: ignore[union-attr,index]
     block = block.mlp if name != "llama4" else block.feed_forward  # type: ignore[union-attr]
     return shown(after(last, block, torch.randn(1, 3, 64)))
+
+
+def block(last: str, name: str, dtype: torch.dtype = torch.float32) -> str:
+    model = EXPERTS[name].build(dtype, num_hidden_layers=1)
+    gptq_fx.quantize(model, gptq_fx.GPTQConfig(group_size=32), progress=False)
+    mlp = model.model.layers[0].mlp  # type: ignore[union-attr,index]
+    return shown(after(last, mlp, torch.randn(1, 3, 64, dtype=dtype)))
 
 
 def shown(stage: Stage) -> str:
@@ -205,4 +213,22 @@ gptq.grouped_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], y, 64, r
 gptq.linear(f32[3, 64], gate|up.0 int32[8, 256], gate|up.1 f32[1, 256], 4)
 split(y, [128, 128], -1)
 gptq.linear(f32[3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
+    )
+
+
+def test_a_whole_block_after_swap() -> None:
+    assert_expected_inline(
+        block("swap", "gpt_oss"),
+        """\
+linear(f32[3, 64], f32[4, 64], f32[4])
+gptq.experts(f32[3, 64], int64[3, 2], f32[3, 2], [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 2, 256]], [down.0 int32[4, 16, 64], down.1 f32[4, 4, 64]], f32[4, 256], f32[4, 64], gpt_oss, [4], [4], reference, reference)""",
+    )
+
+
+def test_a_whole_block_after_lower() -> None:
+    assert_expected_inline(
+        block("lower", "mixtral"),
+        """\
+linear(f32[3, 64], f32[4, 64])
+gptq.experts(f32[3, 64], int64[3, 2], f32[3, 2], [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 2, 256]], [down.0 int32[4, 16, 64], down.1 f32[4, 4, 64]], silu, [4], [4], reference, reference)""",
     )
