@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import gptq_fx
-from gptq_fx import GPTQConfig, QuantizedParameter, Scheme, SchemeMismatchError, order
+from gptq_fx import GPTQConfig, QuantizedParameter, Scheme, SchemeMismatchError, experts, order
 from gptq_fx.kernels import cpu, get_kernel
 from gptq_fx.kernels.cpu import BLOCK
 from gptq_fx.packed import PackedWeight
@@ -167,6 +167,38 @@ def test_experts_each_in_its_own_order(name: str, implementation: str) -> None:
     assert relative(output(block, {"hidden_states": x}), wanted) <= 3 * LINEAR[BF16]  # eager code
 
 
+def test_a_block_has_no_place_for_a_gather() -> None:
+    """So transformers' experts in act-order keep the grouped form, and a block in one call its g_idx."""
+    block = EXPERTS["qwen3_moe"].build(BF16, num_hidden_layers=1).model.layers[0].mlp  # type: ignore[union-attr,index]
+    ordered = act_ordered(block.experts)
+    experts.install(ordered)
+    assert not hasattr(ordered, experts.ACTIVATION)
+    experts.install(other := quantized(block, group_size=32)[0].experts)  # type: ignore[arg-type]
+    assert hasattr(other, experts.ACTIVATION)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = ordered
+
+        def forward(self, x: Tensor) -> Tensor:
+            ids = torch.arange(2 * len(x)).view(-1, 2) % 4
+            weights = torch.full(ids.shape, 0.5, dtype=x.dtype)
+            stacks = self.experts.gate_up_proj, self.experts.down_proj
+            return experts.quantized_experts(x, ids, weights, *stacks, None, None, "silu")
+
+    model, x = Block(), x_of(6, 64)
+    wanted = output(dense_twin(model), {"x": x})
+    for stack in (ordered.gate_up_proj, ordered.down_proj):
+        stack.packed.lower(get_kernel("cpu_int4"))  # type: ignore[union-attr]
+        assert stack.packed.sorted  # type: ignore[union-attr]
+    assert relative(output(model, {"x": x}), wanted) <= 3 * LINEAR[BF16]
+    stage = after("lower", model, x)
+    assert {o.kernel.name for o in stage.plan.operands} == {"reference"}
+    assert not stage.plan.orders
+    assert relative(stage.run(), wanted) <= 3 * LINEAR[BF16]
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 7), min_size=1, max_size=5),
@@ -192,9 +224,9 @@ def test_rows_are_gathered_by_the_order_of_their_expert(counts: list[int], spare
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("experts", [False, True])
-def test_sorted_and_back_is_the_identity(bits: int, sym: bool, experts: bool) -> None:
-    shape = (3, 32, 64) if experts else (32, 64)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_sorted_and_back_is_the_identity(bits: int, sym: bool, stacked: bool) -> None:
+    shape = (3, 32, 64) if stacked else (32, 64)
     model = nn.Module()
     model.weight = nn.Parameter(torch.randn(shape).to(BF16), requires_grad=False)
     weight = act_ordered(model, bits=bits, sym=sym).weight.packed.unpacked()  # type: ignore[union-attr]
