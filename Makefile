@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: help setup demo test check test-slow test-cuda test-npu-stub bench format clean
+.PHONY: help setup demo test check test-slow test-cuda test-ascend bench format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -48,7 +48,7 @@ test-cuda: $(READY)  ## the tests that need an NVIDIA GPU
 	@echo "== test: pytest -m cuda"
 	$(BIN)/python -m pytest -m cuda
 
-test-npu-stub:  ## the Ascend tests on the real torch_npu, without an NPU (Linux; own environment)
+test-ascend:  ## the Ascend tests on the real torch_npu, without an NPU (Linux; own environment)
 	@echo "== test: tests/npu_stub/run.sh"
 	PYTHON=$(PYTHON) tests/npu_stub/run.sh .cache/npu_stub
 

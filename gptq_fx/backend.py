@@ -16,13 +16,15 @@ from torch._dynamo.backends.registry import lookup_backend
 from gptq_fx import passes
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import decide, restore_marks
-from gptq_fx.errors import GPTQError, SchemeMismatchError
+from gptq_fx.errors import ConfigError, GPTQError, SchemeMismatchError
+from gptq_fx.kernels import default_inner_backend
 from gptq_fx.names import full_path, parameter_names, running_module
 from gptq_fx.options import Options
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import Plan
 from gptq_fx.passes.capture import capture, is_dynamo, lifted
-from gptq_fx.passes.plan import Site
+from gptq_fx.passes.plan import Operand, Order, Site
+from gptq_fx.resolve import Resolver
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +84,11 @@ class Compiled:
         self.lifted = graph if graph.meta.get("gptq_lifted") else None
         self.options = options
         order = {n: i for i, n in enumerate(graph.graph.nodes) if n.op == "placeholder"}
-        self.operands = [
-            (o, tuple(position[site.weight] for site in o.sites))
-            for o in sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
-        ]
-        self.orders = [(o, tuple(position[site.weight] for site in o.sites)) for o in plan.orders]
+        sources: list[Operand | Order] = [*plan.orders]
+        sources += sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
+        inputs = [node for source in sources for node in source.inputs if node is not None]
+        assert inputs == sorted(inputs, key=order.__getitem__)
+        self.packs = Resolver([(s, tuple(position[site.weight] for site in s.sites)) for s in sources])
         swapped = {site.weight for operand in plan.operands for site in operand.sites}
         # A dense weight whose scheme hangs on its path: nothing guards it, so every new one is checked.
         self.watched: list[tuple[int, Site]] = []
@@ -105,9 +107,6 @@ class Compiled:
             _drop_grad_modes(graph)
         graph.recompile()
         self.keep = [i for node, i in position.items() if node not in dropped]
-        inputs = [o.input for o in plan.orders]  # they were added before the tensors of any kernel
-        inputs += [node for operand, _ in self.operands for node in operand.inputs if node is not None]
-        assert inputs == sorted(inputs, key=order.__getitem__)
         fakes = [node.meta["example_value"] for node in inputs]
         self.inner = self._compile(graph, [*(values[i] for i in self.keep), *fakes])
         if any(not isinstance(plan.tensor(node), QuantizedParameter) for node in swapped):
@@ -116,25 +115,19 @@ class Compiled:
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         # Quantized weights have no gradient: a graph that holds some is compiled for inference.
         with torch.no_grad() if self.replaces else contextlib.nullcontext():
-            if self.options.inner_backend == "inductor":
-                from torch._inductor.compile_fx import compile_fx
-
-                mode = self.options.mode
-                patches = torch._inductor.list_mode_options(mode) if mode else None
-                compiled: Any = compile_fx(graph, inputs, config_patches=patches)
-                return compiled  # type: ignore[no-any-return]
-            inner = lookup_backend(self.options.inner_backend)
-            return inner(graph, inputs)
+            name = self.options.inner_backend
+            if name is None:
+                name = default_inner_backend(v.device.type for v in inputs if isinstance(v, Tensor))
+                log.info("inner backend: %s", name)
+            compiled: Callable[..., Any] = _inner_backend(name, self.options.mode)(graph, inputs)
+            return compiled
 
     def __call__(self, *args: Any) -> Any:
         if self.lifted is not None:
             args = (*args, *lifted(self.lifted))
         if self.watched:
             self._check(args)
-        packs = [order.tensor([args[i] for i in positions]) for order, positions in self.orders]
-        for operand, positions in self.operands:
-            packed = operand.packed([args[i] for i in positions])
-            packs += [t for t in packed.call_tensors() if t is not None]
+        packs = self.packs(args)
         inputs = [args[i] for i in self.keep]
         if not self.replaces:
             return self.inner(*inputs, *packs)
@@ -167,6 +160,16 @@ class Compiled:
                     "config) before compiling: torch.compile then tells the two apart"
                 )
             self.known[id(weight)] = weakref.ref(weight)
+
+
+def _inner_backend(name: str, mode: str | None) -> Callable[..., Any]:
+    if name == "inductor":
+        # The way of torch.compile itself: makers of devices hook their part of Inductor in here.
+        return torch._TorchCompileInductorWrapper(mode, None, None)
+    try:
+        return lookup_backend(name)
+    except Exception as error:  # an entry point may import anything
+        raise ConfigError(f"inner_backend {name!r} is registered, but does not load: {error}") from error
 
 
 @functools.cache

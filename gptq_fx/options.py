@@ -21,13 +21,13 @@ class Options:
     """config: for weights that are still dense. explicit: the user gave some of it.
 
     kernel: "auto", or the name every site must take. inner_backend: what compiles the rewritten
-    graph. mode: Inductor's mode, or None.
+    graph, None: what suits the device. mode: Inductor's mode, or None.
     """
 
     config: GPTQConfig
     explicit: bool
     kernel: str
-    inner_backend: str
+    inner_backend: str | None
     mode: str | None
 
     @classmethod
@@ -40,15 +40,16 @@ class Options:
         kernel = given.pop("kernel", "auto")
         if kernel != "auto":
             get_kernel(kernel)
-        inner = given.pop("inner_backend", "inductor")
+        inner = given.pop("inner_backend", None)
         legal = torch._dynamo.list_backends(exclude_tags=())
-        if inner == "gptq" or inner not in legal:
+        if inner is not None and (inner == "gptq" or inner not in legal):
             raise unknown("inner_backend", inner, set(legal) - {"gptq"})
         mode = given.pop("mode", mode)
         if mode is not None:
             modes = torch._inductor.list_mode_options()
             if mode not in modes:
                 raise unknown("mode", mode, modes)
+            inner = inner or "inductor"
             if inner != "inductor":
                 raise ConfigError(f"mode={mode!r} is Inductor's; inner_backend is {inner!r}")
         return cls(GPTQConfig(**given), bool(given), kernel, inner, mode)

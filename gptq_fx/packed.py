@@ -33,7 +33,10 @@ class PackedWeight:
     merged, start: where the tensors are views of a larger pack that holds the outputs of several
         weights, that pack, and the place of the first output in it.
     handle: a number that names this object to ops of a graph (int64 [] on the host).
+    changes: how often any weight of the process was given tensors.
     """
+
+    changes = 0
 
     def __init__(self, weight: QuantizedWeight, scheme: Scheme, error: float | None) -> None:
         self.kernel = get_kernel("reference")
@@ -45,13 +48,22 @@ class PackedWeight:
             weight.scales.device.type,
             weight.scales.shape[0] if weight.scales.ndim == 3 else None,
         )
-        self.tensors: Tensors = self.kernel.pack_all(weight, self.spec)
+        self.tensors = self.kernel.pack_all(weight, self.spec)
         self.order = None if weight.g_idx is None else order_of(weight)
         self.sorted = False
         self.error = error
         self.merged: PackedWeight | None = None
         self.start = 0
         self._name_handle()
+
+    @property
+    def tensors(self) -> Tensors:
+        return self._tensors
+
+    @tensors.setter
+    def tensors(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        PackedWeight.changes += 1
 
     def _name_handle(self) -> None:
         number = next(_HANDLES)

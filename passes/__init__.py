@@ -6,6 +6,7 @@
     swap      linear -> gptq::linear
     reorder   act-order: g_idx of each weight -> one gather for each input
     fuse      gptq::linear x n on one input -> one
+    attention attention on repeated keys and values -> on the keys and values
     lower     gptq::linear -> the op of the chosen kernel, on packed weights
 
 A pass is a function of (GraphModule, Plan) that returns how many changes it made.
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 from torch import fx
 
+from gptq_fx.passes.attention import attention
 from gptq_fx.passes.choose import choose
 from gptq_fx.passes.fuse import fuse
 from gptq_fx.passes.lower import lower
@@ -31,18 +33,20 @@ from gptq_fx.passes.verify import verify
 
 Pass = Callable[[fx.GraphModule, Plan], int]
 
-PIPELINE: tuple[Pass, ...] = (match, choose, swap, reorder, fuse, lower)
+PIPELINE: tuple[Pass, ...] = (match, choose, swap, reorder, fuse, attention, lower)
+
+OPTIONAL: tuple[Pass, ...] = (fuse, attention)
 
 log = logging.getLogger(__name__)
 _timings: dict[str, float] = {}
 
 
 def run(gm: fx.GraphModule, plan: Plan, passes: Sequence[Pass] = PIPELINE) -> None:
-    """Rewrite the graph in place. GPTQ_FX_SKIP=fuse turns a pass off (only fuse can be)."""
+    """Rewrite the graph in place. GPTQ_FX_SKIP=fuse,attention turns passes off (only these can be)."""
     skipped = os.environ.get("GPTQ_FX_SKIP", "").split(",")
     for step in passes:
         name = step.__name__
-        if name in skipped and step is fuse:
+        if name in skipped and step in OPTIONAL:
             continue
         start = time.perf_counter()
         changes = step(gm, plan)

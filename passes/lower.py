@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from gptq_fx.kernels import LinearSpec, block, grouped
+from gptq_fx.kernels import LinearSpec, block, get_kernel, grouped
+from gptq_fx.packed import merged_spec
 from gptq_fx.passes.plan import Operand, Plan
 from gptq_fx.progress import progress
 
@@ -19,6 +20,7 @@ def lower(gm: fx.GraphModule, plan: Plan) -> int:
     gptq::experts(...) likewise, where one kernel has both stacks.
     """
     blocks: dict[fx.Node, list[LinearSpec]] = {}
+    _prepare(plan)
     for operand in progress(plan.operands, "packing weights"):
         target = operand.node.target
         spec = _lower(gm, plan, operand)
@@ -28,6 +30,17 @@ def lower(gm: fx.GraphModule, plan: Plan) -> int:
         *args, first, second = node.args
         node.target, node.args = block.call((str(first), str(second)), args, gate_up, down)
     return len(plan.operands)
+
+
+def _prepare(plan: Plan) -> None:
+    """Tell each kernel at once what it will run."""
+    specs: dict[str, list[LinearSpec]] = {}
+    for operand in plan.operands:
+        decision = operand.sites[0].decision
+        assert decision is not None and decision.kernel is not None
+        specs.setdefault(decision.kernel.name, []).append(merged_spec(plan.specs(operand)))
+    for name, wanted in specs.items():
+        get_kernel(name).prepare(wanted)
 
 
 def _lower(gm: fx.GraphModule, plan: Plan, operand: Operand) -> LinearSpec:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision
 from gptq_fx.errors import SchemeMismatchError
-from gptq_fx.kernels import Kernel
+from gptq_fx.kernels import Kernel, LinearSpec
 from gptq_fx.lazy import quantized
 from gptq_fx.names import full_path
 from gptq_fx.packed import PackedWeight, merge
@@ -108,6 +108,10 @@ class Operand:
             part.lower(self.kernel, self.sorted)
         return part
 
+    def tensors(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What the graph takes for its inputs."""
+        return [t for t in self.packed(weights).call_tensors() if t is not None]
+
 
 @dataclass(eq=False)
 class Order:
@@ -116,10 +120,10 @@ class Order:
     sites: whose weights are sorted so.
     """
 
-    input: fx.Node
+    inputs: tuple[fx.Node, ...]
     sites: list[Site] = field(default_factory=list)
 
-    def tensor(self, weights: Sequence[Tensor]) -> Tensor:
+    def tensors(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The order of these weights. Raises SchemeMismatchError if they have several."""
         orders = [s.quantized(w).order for s, w in zip(self.sites, weights, strict=True)]
         first = orders[0]
@@ -132,7 +136,7 @@ class Order:
                     "options={'kernel': 'reference'}"
                 )
         assert first is not None
-        return first
+        return [first]
 
 
 @dataclass
@@ -191,10 +195,15 @@ class Plan:
             return tensor
         return self.fake_mode.from_tensor(tensor, static_shapes=True)
 
+    def specs(self, operand: Operand) -> list[LinearSpec]:
+        """Of the weights of an operand, as they are packed."""
+        found = [site.quantized(self.tensor(site.weight)).spec for site in operand.sites]
+        return [spec.ordered for spec in found] if operand.sorted else found
+
     def add_order(self, gm: fx.GraphModule, order: Tensor) -> Order:
         (node,) = self.add_inputs(gm, f"order_{len(self.orders)}", [order])
         assert node is not None
-        self.orders.append(Order(node))
+        self.orders.append(Order((node,)))
         return self.orders[-1]
 
     def remove_inputs(self, gm: fx.GraphModule, operand: Operand) -> None:

@@ -37,7 +37,7 @@ def reorder(gm: fx.GraphModule, plan: Plan) -> int:
         if same not in gathers:
             if id(tensor) not in orders:
                 orders[id(tensor)] = plan.add_order(gm, tensor)
-            gathers[same] = _gather(gm, operand.node, which, orders[id(tensor)].input)
+            gathers[same] = _gather(gm, operand.node, which, *orders[id(tensor)].inputs)
         orders[id(tensor)].sites.append(site)
         _take(gm, plan, operand, gathers[same])
     return len(gathers)

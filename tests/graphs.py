@@ -35,7 +35,8 @@ class Stage:
             tensors = operand.packed(weights).call_tensors()
             values.update({n: t for n, t in zip(operand.inputs, tensors, strict=True) if n is not None})
         for order in self.plan.orders:
-            values[order.input] = order.tensor([self.plan.tensor(site.weight) for site in order.sites])
+            weights = [self.plan.tensor(site.weight) for site in order.sites]
+            values.update(zip(order.inputs, order.tensors(weights), strict=True))
         self.graph.recompile()
         with torch.no_grad():
             return self.graph(*(values[n] for n in self.graph.graph.nodes if n.op == "placeholder"))[0]

@@ -34,8 +34,24 @@ SCHEMAS = {
         "int? x_dtype=None, int? weight_dtype=None, int? scale_dtype=None, int? per_token_scale_dtype=None) "
         "-> Tensor[]"
     ),
+    "npu_moe_init_routing_v2": (
+        "(Tensor x, Tensor expert_idx, *, Tensor? scale=None, Tensor? offset=None, int active_num=-1, "
+        "int expert_capacity=-1, int expert_num=-1, int drop_pad_mode=0, int expert_tokens_num_type=0, "
+        "bool expert_tokens_num_flag=False, int quant_mode=-1, int[2] active_expert_range=[], "
+        "int row_idx_type=0, int? x_dtype=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "npu_swiglu": "(Tensor input, int dim=-1) -> Tensor",
+    "npu_moe_finalize_routing": (
+        "(Tensor expanded_permuted_rows, Tensor? skip1, Tensor? skip2, Tensor? bias, Tensor? scales, "
+        "Tensor expanded_src_to_dst_row, Tensor? export_for_source_row, int? drop_pad_mode=0, int? k=1) "
+        "-> Tensor"
+    ),
     "npu_convert_weight_to_int4pack": "(Tensor weight, int inner_k_tiles=0) -> Tensor",
+    "npu_format_cast": (
+        "(Tensor input, int acl_format, *, int? customize_dtype=None, int? input_dtype=None) -> Tensor"
+    ),
 }
+FORMATS = {2: "ND", 29: "FRACTAL_NZ"}
 
 
 def check(condition: bool, message: str) -> None:
@@ -97,6 +113,9 @@ def weight_quant_batchmatmul(
     groups = K // size if size else 1
     check(antiquant_scale.shape[0] == groups, f"{len(antiquant_scale)} rows of scales, {groups} groups")
     check_antiquant(x, antiquant_scale, antiquant_offset)
+    if getattr(weight, "npu_format", "ND") == "FRACTAL_NZ":
+        check(weight.dtype == torch.int32 and groups > 1, "FRACTAL_NZ: 4 bits with groups only")
+        check(size in (64, 128) and N % 64 == 0, f"FRACTAL_NZ: antiquant_group_size {size}, N {N}")
     y = x.float() @ dequantized(weight, antiquant_scale, antiquant_offset).float()
     if bias is not None:
         wanted = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
@@ -144,6 +163,80 @@ def grouped_matmul(
     return [torch.cat(parts).to(rows.dtype)]
 
 
+def moe_init_routing_v2(
+    x: Tensor,
+    expert_idx: Tensor,
+    *,
+    active_num: int = -1,
+    expert_num: int = -1,
+    expert_tokens_num_type: int = 0,
+    expert_tokens_num_flag: bool = False,
+    quant_mode: int = -1,
+    active_expert_range: list[int] = (),
+    **others: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    asked = [name for name, value in others.items() if value not in (None, 0, -1)]
+    check(not asked and quant_mode == -1, f"not emulated: {asked}")
+    check(expert_tokens_num_type == 1 and expert_tokens_num_flag, "the documents know counts only")
+    check(x.dim() == expert_idx.dim() == 2 and len(x) == len(expert_idx), "x or expert_idx is no matrix")
+    check(x.numel() > 0 and x.is_contiguous() and expert_idx.is_contiguous(), "empty or strided")
+    check(expert_idx.dtype == torch.int32, f"expert_idx is {expert_idx.dtype}")
+    check(active_num in (-1, 0, expert_idx.numel()), "rows left out are not emulated")
+    start, end = active_expert_range
+    check(0 <= start < end <= expert_num <= 10240, f"experts {start} to {end} of {expert_num}")
+    ids = expert_idx.flatten()
+    check(int(ids.min()) >= 0 and int(ids.max()) < expert_num, "an expert that does not exist")
+    active = (ids >= start) & (ids < end)
+    order = torch.where(active, ids, expert_num).argsort(stable=True)
+    available = int(active.sum())
+    rows = x[order // expert_idx.shape[1]]
+    rows[available:] = torch.nan  # not written
+    places = torch.full_like(ids, -1)
+    places[order[:available]] = torch.arange(available, dtype=torch.int32)
+    counts = torch.bincount(ids, minlength=expert_num)[start:end]
+    return rows, places, counts, torch.full((ids.numel(),), torch.nan)
+
+
+def swiglu(input: Tensor, dim: int = -1) -> Tensor:
+    check(input.is_contiguous() and input.shape[dim] % 2 == 0, "strided, or no two halves")
+    gate, up = input.float().chunk(2, dim)
+    return (gate * torch.sigmoid(gate) * up).to(input.dtype)
+
+
+def moe_finalize_routing(
+    expanded_permuted_rows: Tensor,
+    skip1: Tensor | None,
+    skip2: Tensor | None,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    expanded_src_to_dst_row: Tensor,
+    export_for_source_row: Tensor | None,
+    drop_pad_mode: int = 0,
+    k: int = 1,
+) -> Tensor:
+    rows, places = expanded_permuted_rows, expanded_src_to_dst_row
+    check(skip1 is skip2 is bias is export_for_source_row is None and scales is not None, "not emulated")
+    check(drop_pad_mode in (0, 2), "rows left out are not emulated")
+    check(rows.dim() == scales.dim() == 2 and places.dim() == 1, "dimensions")
+    check(places.dtype == torch.int32, f"expanded_src_to_dst_row is {places.dtype}")
+    check(scales.dtype == rows.dtype, f"scales is {scales.dtype}, the rows are {rows.dtype}")
+    check(rows.numel() > 0 and scales.numel() == len(places) == len(rows), f"scales is {list(scales.shape)}")
+    check(int(places.min()) >= 0 and int(places.max()) < len(rows), "an index leaves the rows")
+    n, k = scales.shape
+    by_token = places.view(n, k) if drop_pad_mode == 2 else places.view(k, n).T
+    return (rows.float()[by_token] * scales.float().unsqueeze(-1)).sum(1).to(rows.dtype)
+
+
+def format_cast(
+    input: Tensor, acl_format: int, *, customize_dtype: int | None = None, input_dtype: int | None = None
+) -> Tensor:
+    """Only a mark: shapes and strides do not show the format, and no number changes."""
+    check(acl_format in FORMATS, f"format {acl_format}")
+    result = input.clone()
+    result.npu_format = FORMATS[acl_format]
+    return result
+
+
 def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor:
     check(weight.dtype == torch.int32 and weight.is_contiguous() and weight.dim() == 2, "no int32 matrix")
     check(weight.shape[-1] % 8 == 0, f"N is {weight.shape[-1]}")
@@ -154,6 +247,10 @@ def convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int = 0) -> Tensor
 KERNELS = {
     "npu_weight_quant_batchmatmul": weight_quant_batchmatmul,
     "npu_grouped_matmul": grouped_matmul,
+    "npu_moe_init_routing_v2": moe_init_routing_v2,
+    "npu_swiglu": swiglu,
+    "npu_moe_finalize_routing": moe_finalize_routing,
+    "npu_format_cast": format_cast,
     "npu_convert_weight_to_int4pack": convert_weight_to_int4pack,
 }
 FAKES = {
@@ -163,6 +260,17 @@ FAKES = {
     "npu_grouped_matmul": lambda x, weight, *, antiquant_scale, **kwargs: [
         x[0].new_empty(x[0].shape[0], antiquant_scale[0].shape[-1])
     ],
+    "npu_moe_init_routing_v2": lambda x, expert_idx, *, active_expert_range, **kwargs: (
+        x.new_empty(expert_idx.numel(), x.shape[1]),
+        x.new_empty(expert_idx.numel(), dtype=torch.int32),
+        x.new_empty(active_expert_range[1] - active_expert_range[0], dtype=torch.int64),
+        x.new_empty(expert_idx.numel(), dtype=torch.float32),
+    ),
+    "npu_swiglu": lambda input, dim=-1: torch.empty_like(input.chunk(2, dim)[0].contiguous()),
+    "npu_moe_finalize_routing": lambda rows, skip1, skip2, bias, scales, *args, **kwargs: rows.new_empty(
+        scales.shape[0], rows.shape[1]
+    ),
+    "npu_format_cast": lambda input, acl_format: torch.empty_like(input),
     "npu_convert_weight_to_int4pack": lambda weight, inner_k_tiles=0: weight.new_empty(
         weight.shape[0], weight.shape[1] // 8
     ),

@@ -130,10 +130,41 @@ def _cpu_block_samples():
         yield x.bfloat16(), ids, weights.bfloat16(), list(up), list(down), *biases, "silu", [32], [32]
 
 
+def _own_stack_samples(kernel, form):
+    """The kernel's own op for stacks, where it can run here."""
+    spec = LinearSpec(K, N, Scheme(4, 32), torch.float32, kernel.device or "cpu", 3)
+    if kernel.refuses(spec) is None and kernel.experts.supports(spec) is None:
+        which = torch.tensor([2, 2, 5]) if form == "grouped" else torch.tensor([2, 0, 0, 1, 2])
+        tensors = kernel.pack_all(QuantizedWeight.stack([make(), make(), make()]).to(spec.device), spec)
+        x = torch.randn(5, K, device=spec.device)
+        yield x, *tensors, which.to(spec.device), *kernel.op_args(spec)
+
+
+def _own_block_samples(kernel):
+    up = LinearSpec(K, N, Scheme(4, 32), torch.float32, kernel.device or "cpu", 3)
+    down = LinearSpec(N // 2, K, Scheme(4, -1), torch.float32, up.device, 3)
+    if kernel.refuses(up) is None and kernel.experts.block_supports(up, down, "silu") is None:
+        stacks = QuantizedWeight.stack([make(), make(), make()]), DOWN.unpacked()
+        packs = [list(kernel.pack_all(w.to(up.device), s)) for w, s in zip(stacks, (up, down), strict=True)]
+        args = [list(kernel.op_args(up)), list(kernel.op_args(down))]
+        yield *(t.to(up.device) for t in _routed()), *packs, None, None, "silu", *args
+
+
+def _own_samples():
+    """The ops of all kernels that run whole stacks."""
+    for k in kernels():
+        if k.experts is not None:
+            for form in ("grouped", "indexed"):
+                op = getattr(k.experts, form)
+                yield op.name(), (op, lambda k=k, form=form: _own_stack_samples(k, form))
+            if k.experts.block is not None:
+                yield k.experts.block.name(), (k.experts.block, lambda k=k: _own_block_samples(k))
+
+
 SAMPLES = {
-    **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in kernels()},
-    # checked in kernels/test_ascend.py, where its op of torch_npu is emulated
-    "gptq::ascend_grouped_linear": (torch.ops.gptq.ascend_grouped_linear.default, lambda: ()),
+    # of two kernels with one op, the preferred one
+    **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in reversed(kernels())},
+    **dict(reversed(list(_own_samples()))),
     "gptq::handle_linear": (handle_linear, _handle_samples),
     "gptq::handle_grouped": (handle_grouped, _handle_grouped_samples),
     "gptq::cpu_int4_grouped": (

@@ -12,6 +12,9 @@ LINEAR = {
     torch.bfloat16: 1e-2,  # weight and output are each rounded to 2^-9, sums are kept in fp32 or rounded once
 }
 
+# Of a block of experts: two linears behind each other, an activation between them, and a weighted sum.
+BLOCK = {dtype: 3 * limit for dtype, limit in LINEAR.items()}
+
 # Relative (Frobenius) error of two algorithms of one kernel against each other: either may be off by LINEAR.
 SAME_KERNEL = {dtype: 2 * limit for dtype, limit in LINEAR.items()}
 

@@ -3,13 +3,14 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, block, cpu, grouped, reference
+from gptq_fx.kernels import ascend, block, cpu, grouped, humming, reference, triton
 from gptq_fx.kernels.registry import (
     ExpertOps,
     Kernel,
     LinearSpec,
     Tensors,
     choose_kernel,
+    default_inner_backend,
     get_kernel,
     kernels,
     register,
@@ -24,9 +25,12 @@ __all__ = [
     "block",
     "choose_kernel",
     "cpu",
+    "default_inner_backend",
     "get_kernel",
     "grouped",
+    "humming",
     "kernels",
     "reference",
     "register",
+    "triton",
 ]

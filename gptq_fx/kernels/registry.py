@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,6 +86,8 @@ class Kernel:
     note: None, or what a user should know about how the kernel stores the spec.
     body: the function behind op, or None: it costs less to call, where nothing traces.
     stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
+    prepare: makes ready what can be made before weights of these specs are packed and called, such as
+        compiled code: all at once, since that is faster, and may show a bar.
     experts: how it runs a whole stack; None: each expert that has rows by itself, by `op`.
     """
 
@@ -103,6 +105,7 @@ class Kernel:
     note: Callable[[LinearSpec], str | None] = lambda spec: None
     stacks: bool = False
     body: Callable[..., Tensor] | None = None
+    prepare: Callable[[Sequence[LinearSpec]], None] = lambda specs: None
     experts: ExpertOps | None = None
 
     def refuses(self, spec: LinearSpec) -> str | None:
@@ -204,3 +207,21 @@ def _refuses(kernel: Kernel, spec: LinearSpec, sortable: bool) -> str | None:
     if sortable or kernel.refuses(spec.ordered) is not None:
         return kernel.refuses(spec.ordered)
     return "act-order with groups of different sizes, which it cannot tell apart"
+
+
+# What compiles the rewritten graph on a device where the user does not say, the preferred one first.
+_INNER_BACKENDS: dict[str, tuple[str, ...]] = {}
+
+
+def prefer_inner_backends(device: str, *names: str) -> None:
+    """Say what should compile graphs on tensors of a device type. Raises KernelError if somebody did."""
+    if device in _INNER_BACKENDS:
+        raise KernelError(f"inner backends for {device} are registered already")
+    _INNER_BACKENDS[device] = names
+
+
+def default_inner_backend(devices: Iterable[str]) -> str:
+    """The first that Dynamo knows of those for the first of `devices` that has some, else "inductor"."""
+    names = next((_INNER_BACKENDS[device] for device in devices if device in _INNER_BACKENDS), ())
+    known = torch._dynamo.list_backends(exclude_tags=())
+    return next((name for name in names if name in known), "inductor")
