@@ -76,13 +76,20 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     return dims.reshape(*stack, K, N)
 
 
+def _transpose_runs(columns: Tensor) -> Tensor:
+    """Each run of 64 columns as the transpose of its 8 x 8."""
+    transposed: Tensor = columns.unflatten(-1, (-1, 8, 8)).mT.flatten(-3)
+    return transposed
+
+
 def permute_scales(scales: Tensor) -> Tensor:
     """Scales [*, G, N], N a multiple of 64, in their order in memory."""
     N = scales.shape[-1]
     if scales.shape[-2] > 1:
-        return scales.unflatten(-1, (N // 64, 8, 8)).mT.flatten(-3).contiguous()
+        return _transpose_runs(scales).contiguous()
     dims = scales.unflatten(-1, (N // 32, 4, 4, 2))  # a i e
-    return dims.transpose(-3, -2).flatten(-4).contiguous()
+    permuted: Tensor = dims.transpose(-3, -2).flatten(-4)
+    return permuted.contiguous()
 
 
 def restore_scales(scales: Tensor) -> Tensor:
@@ -93,7 +100,7 @@ def restore_scales(scales: Tensor) -> Tensor:
 def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
     """Zero points [*, G, N], N a multiple of 64 -> int32 [*, G, N * bits / 32]."""
     N = zeros.shape[-1]
-    columns = zeros.unflatten(-1, (N // 64, 8, 8)).mT.flatten(-3)
+    columns = _transpose_runs(zeros)
     run = 32 // bits
     fields = columns.unflatten(-1, (N // run, run // 2, 2)).mT.flatten(-2)
     return _to_words(fields, bits)
@@ -101,10 +108,9 @@ def pack_zeros(zeros: Tensor, bits: int) -> Tensor:
 
 def unpack_zeros(packed: Tensor, bits: int) -> Tensor:
     """The inverse of pack_zeros: int32 [*, G, N * bits / 32] -> uint8 [*, G, N]."""
-    N = packed.shape[-1] * 32 // bits
     run = 32 // bits
     columns = _from_words(packed, bits).unflatten(-1, (2, run // 2)).mT.flatten(-3)
-    return columns.unflatten(-1, (N // 64, 8, 8)).mT.flatten(-3)
+    return _transpose_runs(columns)
 
 
 def check_marlin_format(settings: dict[str, object]) -> bool:
