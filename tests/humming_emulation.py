@@ -5,6 +5,7 @@ Memory that the library would not write is left as NaN, so that who reads it is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from gptq_fx.scheme import Scheme
 HERE = replace(humming.HUMMING, device="cpu", available=lambda: None, prepare=lambda specs: None)
 
 TILE = 16
+TRITON = "gptq_fx.kernels.humming_triton"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,13 @@ def emulated() -> Iterator[None]:
         mock.patch.object(humming_library, "table", lambda key: Table(Problem(*key))),
         mock.patch.object(humming_library, "current_locks", lambda device: None),
         mock.patch.object(humming_experts, "align", align),
-        mock.patch.dict("sys.modules", {"gptq_fx.kernels.humming_triton": triton}),
     ):
-        yield
+        # Not mock.patch.dict: that would forget every module that is imported meanwhile.
+        before = sys.modules.get(TRITON)
+        sys.modules[TRITON] = triton
+        try:
+            yield
+        finally:
+            del sys.modules[TRITON]
+            if before is not None:
+                sys.modules[TRITON] = before

@@ -165,6 +165,8 @@ SAMPLES = {
     # of two kernels with one op, the preferred one
     **{k.op.name(): (k.op, lambda k=k: _kernel_samples(k)) for k in reversed(kernels())},
     **dict(reversed(list(_own_samples()))),
+    # what humming_linear is made of: checked in kernels/test_cuda.py
+    "gptq::humming_matmul": (torch.ops.gptq.humming_matmul.default, lambda: ()),
     "gptq::handle_linear": (handle_linear, _handle_samples),
     "gptq::handle_grouped": (handle_grouped, _handle_grouped_samples),
     "gptq::cpu_int4_grouped": (

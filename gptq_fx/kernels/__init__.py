@@ -3,7 +3,7 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, block, cpu, grouped, humming, reference, triton
+from gptq_fx.kernels import ascend, block, cpu, grouped, humming, marlin, reference, triton
 from gptq_fx.kernels.registry import (
     ExpertOps,
     Kernel,
@@ -30,6 +30,7 @@ __all__ = [
     "grouped",
     "humming",
     "kernels",
+    "marlin",
     "reference",
     "register",
     "triton",

@@ -57,6 +57,7 @@ def _align(
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, S, CHUNK):
         mine = tl.load(ids + start + i, mask=start + i < S, other=experts).to(tl.int32)
+        mine = tl.minimum(mine, experts)  # any larger number means none, too
         counts += tl.histogram(mine, BINS)
     counts = tl.where(e < experts, counts, 0)
     blocks = (counts + TILE - 1) // TILE

@@ -93,7 +93,7 @@ def compiled(kernel, target, warps, stages, dtype, optional=(), **constants):
 
 
 def resources(binary, tmp_path):
-    """(registers, bytes of stack: spilled registers, instructions by name) of a cubin."""
+    """(registers, bytes of stack: spilled registers, names of instructions in order) of a cubin."""
     import triton
 
     path = tmp_path / "kernel.cubin"
@@ -105,7 +105,7 @@ def resources(binary, tmp_path):
 
     usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
     code = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", tool("nvdisasm", "-c"), re.M)
-    return int(usage[1]), int(usage[2]), collections.Counter(code)
+    return int(usage[1]), int(usage[2]), code
 
 
 def gemv_constants(bits, slabs, run, rows, ptx, act=""):
@@ -135,10 +135,11 @@ def test_gemv_spills_nothing_and_stays_out_of_shared_memory(capability, rows, tm
 
     constants = gemv_constants(4, 8, 8, rows, True)
     binary = compiled(triton_code.gemv, nvidia(capability), 8, 3, torch.bfloat16, **constants)
-    registers, stack, code = resources(binary, tmp_path)
+    registers, stack, names = resources(binary, tmp_path)
+    code = collections.Counter(names)
     assert stack == 0
     assert registers <= 128  # two programs of 256 threads fit a multiprocessor
-    assert code["I2F"] == 0, "codes become floats by their bits, not by conversion"
+    assert code["I2F"] <= 2, "codes become floats by their bits; a division by the group size converts"
     # one and, or: 256 or 128 codes a thread; the rest is addresses
     assert code["LOP3"] < 1.3 * constants["BN"] * 4
     assert code["LDSM"] == 0
@@ -154,9 +155,10 @@ def test_matmul_spills_nothing_and_feeds_weights_from_registers(capability, BM, 
     binary = compiled(triton_code.matmul, nvidia(capability), warps, 3, torch.bfloat16, **constants)
     _, stack, code = resources(binary, tmp_path)
     assert stack == 0
-    assert code["HGMMA" if capability == 90 else "HMMA"] > 0
-    assert code["LDGSTS"] > 0, "x and words are fetched ahead"
-    assert code["STS"] <= 8, "no weights go through shared memory"
+    product = "HGMMA" if capability == 90 else "HMMA"
+    assert "LDGSTS" in code, "x and words are fetched ahead"
+    loop = code[: len(code) - code[::-1].index(product)]
+    assert "STS" not in loop, "weights go through shared memory"
     assert binary.metadata.shared <= 163 * 1024  # an A100
 
 

@@ -1,0 +1,357 @@
+"""Microseconds of the Marlin kernels on an NVIDIA GPU beside humming, aten's int4 and cuBLAS, in one run.
+
+    python examples/benchmarks/marlin.py [--only layer variants experts tiles] [--out results/marlin.md]
+
+One CUDA graph holds one call for each copy of the weights, which are more than the L2 holds; the median of
+its replays, divided by the copies. Error: ||y - x W^T|| / ||x W^T|| against fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import table
+from gptq_fx import QuantizedWeight, Scheme
+from gptq_fx.kernels import LinearSpec
+from gptq_fx.kernels.marlin import MARLIN, gemm, launch, nvrtc, ops
+from gptq_fx.kernels.marlin.variants import Tile, Variant
+
+# The linears of one layer of Llama-3.1-8B, q/k/v and gate/up merged: (N, K).
+LAYER = {"o": (4096, 4096), "qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+L2_COLD = 288 * 2**20  # bytes of weights in a graph
+UPSTREAM = {1: 77.7, 16: 77.1, 64: 125, 128: 204}  # sums of Marlin of vLLM 0.33, NVIDIA H200, 2026-11-22
+MODELS = {"Qwen3-30B-A3B": (128, 8, 2048, 768), "Mixtral-8x7B": (8, 2, 4096, 14336)}  # E, k, H, I
+Call = Callable[[int], Tensor]  # with the n-th copy of the weights
+
+
+def measure(call: Call, copies: int) -> float:
+    """Microseconds of one call, the weights cold."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for n in (0, copies - 1):
+            call(n)
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for n in range(copies):
+                call(n)
+    times = []
+    for _ in range(24):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[4:]) / copies * 1e3
+
+
+def copies_of(bytes_each: int) -> int:
+    return max(2, min(32, -(-L2_COLD // bytes_each)))
+
+
+def make(N: int, K: int, scheme: Scheme, experts: int | None = None) -> tuple[LinearSpec, QuantizedWeight]:
+    spec = LinearSpec(K, N, scheme, torch.bfloat16, "cuda", experts)
+    lead = () if experts is None else (experts,)
+    qweight = torch.randint(-(2**31), 2**31, (*lead, K * scheme.bits // 32, N), device="cuda").to(torch.int32)
+    scales = ((torch.rand(*lead, spec.groups, N, device="cuda") + 1) * 0.04 / 2**scheme.bits).bfloat16()
+    shape = (*lead, spec.groups, N * scheme.bits // 32)
+    qzeros = None
+    if not scheme.sym:
+        qzeros = torch.randint(-(2**31), 2**31, shape, device="cuda").to(torch.int32)
+    g_idx = None
+    if scheme.desc_act:
+        g_idx = (torch.randperm(K, device="cuda") // spec.group_size).to(torch.int32)
+    return spec, QuantizedWeight(scheme.bits, K, qweight, scales, qzeros, g_idx)
+
+
+def marlin(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> tuple[Call, int]:
+    tensors = MARLIN.pack(weight, spec)
+    size = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    packs = [[t if t is None else t.clone() for t in tensors] for _ in range(copies_of(size))]
+    args = MARLIN.op_args(spec)
+    return lambda n: ops.linear(x, *packs[n], None, *args), len(packs)  # type: ignore[arg-type]
+
+
+def cublas(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> tuple[Call, int]:
+    W = weight.dequantize()
+    packs = [W.clone() for _ in range(copies_of(W.numel() * 2))]
+    return lambda n: torch.mm(x, packs[n].T), len(packs)
+
+
+def int4pack(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> tuple[Call, int] | None:
+    if x.shape[0] > 64:
+        return None
+    codes = weight.codes().T
+    packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
+    grid = torch.stack([weight.scales, torch.zeros_like(weight.scales)], -1)
+    packs = [(packed.clone(), grid.clone()) for _ in range(copies_of(packed.numel() * 4))]
+    return lambda n: torch.ops.aten._weight_int4pack_mm(x, packs[n][0], 128, packs[n][1]), len(packs)
+
+
+@functools.lru_cache(maxsize=1)
+def _humming_layer(N: int, K: int) -> Any:
+    """(layer, its kernels for all ROWS), or None where humming is not installed."""
+    try:
+        from humming.kernel.humming import HummingKernel
+        from humming.layer import HummingLayer
+        from humming.tune import get_heuristics_config
+    except ImportError:
+        return None
+    grid = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    layer = HummingLayer(shape_n=N, shape_k=K, weight_config=grid, torch_dtype=torch.bfloat16).cuda()
+    kind = {"gemm_type": "dense", "use_f16_accum": False, "use_batch_invariant": False}
+    chosen = []
+    for below, M in itertools.pairwise((0, *ROWS)):
+        config = get_heuristics_config(layer.humming_config, shape_m=M, gemm_type="dense")
+        chosen.append((below, M, dict(config)))
+    kernels = HummingKernel.prepare_kernels(layer.humming_config.to_str(), json.dumps(kind), chosen)
+    return layer, kernels
+
+
+_transformed: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+
+
+def humming(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> tuple[Call, int] | None:
+    N, K = spec.out_features, spec.in_features
+    found = _humming_layer(N, K)
+    if found is None:
+        return None
+    from humming.ops import launch_kernel
+
+    layer, kernels = found
+    if (N, K) not in _transformed:
+        layer.load_state_dict({"qweight": weight.qweight, "scales": weight.scales}, strict=False)
+        layer.transform()
+        count = copies_of(weight.qweight.numel() * 4)
+        pair = layer.weight.data, layer.weight_scale.data
+        _transformed.clear()
+        _transformed[N, K] = [(pair[0].clone(), pair[1].clone()) for _ in range(count)]
+    packs = _transformed[N, K]
+    out = torch.empty(x.shape[0], N, dtype=x.dtype, device="cuda")
+
+    def call(n: int) -> Tensor:
+        launch_kernel(
+            configs=kernels,
+            inputs=x,
+            weight=packs[n][0],
+            weight_scale=packs[n][1],
+            weight_scale_2=getattr(layer, "weight_scale_2", None),
+            zero_point=getattr(layer, "zero_point", None),
+            outputs=out,
+            locks=layer.locks,
+        )
+        return out
+
+    return call, len(packs)
+
+
+def humming_or_nothing(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> tuple[Call, int] | None:
+    """A peer that fails is left out, with its error, and costs no other figure."""
+    try:
+        return humming(spec, weight, x)
+    except Exception as error:
+        print(f"humming at {spec.shape}, {x.shape[0]} rows: {error!r}", flush=True)
+        return None
+
+
+BACKENDS = {"marlin": marlin, "humming": humming_or_nothing, "int4pack": int4pack, "cublas": cublas}
+
+
+def layer_table() -> str:
+    """Each linear, and the sum of the layer."""
+    times: dict[tuple[str, str, int], float] = {}
+    errors: dict[str, float] = dict.fromkeys(BACKENDS, 0.0)
+    for name, (N, K) in LAYER.items():
+        spec, weight = make(N, K, Scheme(4, 128))
+        W = weight.dequantize(torch.float32)
+        for M, (backend, prepare) in itertools.product(ROWS, BACKENDS.items()):
+            x = torch.randn(M, K, device="cuda").bfloat16()
+            prepared = prepare(spec, weight, x)
+            if prepared is None:
+                continue
+            call, copies = prepared
+            expected = x.float() @ W.T
+            error = float((call(0).float() - expected).norm() / expected.norm())
+            errors[backend] = max(errors[backend], error)
+            times[backend, name, M] = measure(call, copies)
+            del prepared, call
+    rows = []
+    for M in ROWS:
+        sums = {
+            b: sum(times[b, name, M] for name in LAYER)
+            if all((b, name, M) in times for name in LAYER)
+            else None
+            for b in BACKENDS
+        }
+        own = sums["marlin"]
+        assert own is not None
+        rows.append(
+            [
+                str(M),
+                *(f"{times['marlin', name, M]:.1f}" for name in LAYER),
+                *("" if sums[b] is None else f"{sums[b]:.1f}" for b in BACKENDS),
+                *("" if sums[b] is None else f"{sums[b] / own:.2f}" for b in list(BACKENDS)[1:]),
+                f"{UPSTREAM[M] / own:.2f}" if M in UPSTREAM else "",
+            ]
+        )
+    head = ["rows", *LAYER, *(f"sum {b}" for b in BACKENDS), *(f"{b}/marlin" for b in list(BACKENDS)[1:])]
+    text = table.markdown([*head, "upstream/marlin"], rows)
+    return text + "\n\nlargest error: " + ", ".join(f"{b} {e:.4f}" for b, e in errors.items())
+
+
+def variants_table() -> str:
+    """Sums over the layer of other grids, as parts of 4 bits, symmetric, groups of 128."""
+    schemes = {
+        "base": Scheme(4, 128),
+        "act-order": Scheme(4, 128, desc_act=True),
+        "asym": Scheme(4, 128, sym=False),
+        "g32": Scheme(4, 32),
+        "channel": Scheme(4, -1),
+        "8 bits": Scheme(8, 128),
+        "8 bits asym": Scheme(8, 128, sym=False),
+    }
+    sums = {}
+    for label, scheme in schemes.items():
+        for M in (1, 8, 16, 64):
+            total = 0.0
+            for N, K in LAYER.values():
+                spec, weight = make(N, K, scheme)
+                total += measure(*marlin(spec, weight, torch.randn(M, K, device="cuda").bfloat16()))
+            sums[label, M] = total
+    rows = [
+        [label, *(f"{sums[label, M]:.1f} ({sums[label, M] / sums['base', M]:.2f})" for M in (1, 8, 16, 64))]
+        for label in schemes
+    ]
+    return table.markdown(["grid", "1 row", "8", "16", "64"], rows)
+
+
+def _block(calls: Sequence[Sequence[Tensor]], packs: Sequence[Sequence[Tensor | None]], args: object) -> Call:
+    first, second = packs
+    return lambda n: ops.marlin_experts(*calls[n], first, second, None, None, "silu", *args)  # type: ignore
+
+
+def experts_table() -> str:
+    """A whole block, routed at random."""
+    rows = []
+    for model, (E, k, H, inner) in MODELS.items():
+        specs = [make(2 * inner, H, Scheme(4, 128), E), make(H, inner, Scheme(4, 128), E)]
+        packs = [MARLIN.pack_all(weight, spec) for spec, weight in specs]
+        args = [list(MARLIN.op_args(spec)) for spec, _ in specs]
+        cells = []
+        for T in (1, 8, 64, 512, 4096):
+            calls = []
+            for _ in range(16 if T <= 8 else 4):
+                x = torch.randn(T, H, device="cuda").bfloat16()
+                ids = torch.rand(T, E, device="cuda").topk(k).indices
+                calls.append((x, ids, torch.rand(T, k, device="cuda")))
+            cells.append(f"{measure(_block(calls, packs, args), len(calls)):.1f}")
+        rows.append([model, *cells])
+    return table.markdown(["block of experts, us", "1 token", "8", "64", "512", "4096"], rows)
+
+
+CANDIDATES: dict[int, Sequence[Tile]] = {
+    8: [
+        *(Tile(8, 2, 4, 4, b) for b in (1, 2)),
+        *(Tile(8, 2, 4, 2, b) for b in (2, 3, 4)),
+        *(Tile(8, 1, 8, 4, b) for b in (1, 2)),
+        *(Tile(8, 1, 8, 2, b) for b in (2, 3)),
+        *(Tile(8, 4, 2, 4, b) for b in (1, 2)),
+        *(Tile(8, 4, 2, 2, b) for b in (2, 3)),
+        *(Tile(8, 2, 2, 4, b) for b in (3, 4)),
+        *(Tile(8, 1, 4, 4, b) for b in (4, 6)),
+        *(Tile(8, 4, 4, 2, b) for b in (1,)),
+    ],
+    16: [
+        *(Tile(16, 2, 4, 4, b) for b in (1, 2)),
+        *(Tile(16, 2, 4, 2, b) for b in (2,)),
+        *(Tile(16, 4, 2, 4, b) for b in (1, 2)),
+        *(Tile(16, 4, 2, 2, b) for b in (2,)),
+        *(Tile(16, 1, 8, 2, b) for b in (2,)),
+        *(Tile(16, 2, 2, 4, b) for b in (3, 4)),
+    ],
+    32: [
+        *(Tile(32, 4, 2, 4, b) for b in (1, 2)),
+        *(Tile(32, 4, 2, 2, b) for b in (2,)),
+        *(Tile(32, 2, 4, 2, b) for b in (2,)),
+        *(Tile(32, 4, 1, 4, b) for b in (2, 3)),
+        *(Tile(32, 2, 2, 4, b) for b in (2, 3)),
+    ],
+    64: [
+        *(Tile(64, 4, 1, 4, b) for b in (1, 2)),
+        *(Tile(64, 4, 1, 2, b) for b in (2,)),
+        *(Tile(64, 4, 2, 2, b) for b in (1,)),
+        *(Tile(64, 4, 2, 4, b) for b in (1,)),
+        *(Tile(64, 2, 2, 4, b) for b in (2,)),
+        *(Tile(64, 2, 1, 4, b) for b in (2, 3)),
+        *(Tile(64, 8, 1, 2, b) for b in (1,)),
+    ],
+}
+
+
+def tiles_table() -> str:
+    """Which tile serves which shape best: the candidates for the table in variants.py."""
+    where = launch.device(torch.cuda.current_device())
+
+    def build(tile: Tile) -> None:
+        variant = Variant(4, True, False, 8, False, False, tile)
+        stages, blocks = variant.fit(where.shared_per_multiprocessor, where.shared_per_block)
+        nvrtc.compile(variant.source(stages, blocks), where.arch, "marlin_gemm")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(build, itertools.chain(*CANDIDATES.values())))
+    rows = []
+    for rows_of_x, tokens in ((1, 8), (8, 8), (16, 16), (32, 32), (64, 64), (128, 64), (256, 64)):
+        times: dict[Tile, list[float]] = {tile: [] for tile in CANDIDATES[tokens]}
+        for N, K in LAYER.values():
+            spec, weight = make(N, K, Scheme(4, 128))
+            tensors = MARLIN.pack(weight, spec)
+            packs = [
+                gemm.Weight(*(t if t is None else t.clone() for t in tensors), *MARLIN.op_args(spec))  # type: ignore[arg-type]
+                for _ in range(copies_of(N * K // 2))
+            ]
+            x = torch.randn(rows_of_x, K, device="cuda").bfloat16()
+            out = torch.empty(rows_of_x, N, dtype=x.dtype, device="cuda")
+            for tile in times:
+
+                def run(n: int, tile: Tile = tile) -> Tensor:
+                    gemm.gemm(x, packs[n], None, tile, out, None)  # noqa: B023
+                    return out  # noqa: B023
+
+                times[tile].append(measure(run, len(packs)))
+        for tile, found in sorted(times.items(), key=lambda item: sum(item[1])):
+            shape = f"{tile.tokens} {tile.warps_n}x{tile.warps_k} k{tile.k_tiles} b{tile.blocks}"
+            rows.append([f"{rows_of_x}: {shape}", *(f"{t:.1f}" for t in found), f"{sum(found):.1f}"])
+    return table.markdown(["rows: tile", *LAYER, "sum"], rows)
+
+
+TABLES = {"layer": layer_table, "variants": variants_table, "experts": experts_table, "tiles": tiles_table}
+
+
+def main() -> None:
+    parser = table.parser(__doc__ or "")
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=["layer", "variants", "experts"])
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    text = table.conditions("Marlin kernels")
+    print(text)
+    for name in args.only:
+        part = TABLES[name]()
+        print(f"\n{part}", flush=True)
+        text += f"\n\n{part}"
+        if args.out is not None:  # what is done is kept, whatever comes
+            args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

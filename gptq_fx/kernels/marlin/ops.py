@@ -1,0 +1,232 @@
+"""The ops on Marlin packs. None of them waits for the GPU: they may be captured in CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptq_fx.kernels.marlin import gemm
+from gptq_fx.kernels.marlin.gemm import Weight
+from gptq_fx.kernels.marlin.variants import PERMUTED_ROWS, Tile, tile_for
+from gptq_fx.ops import define_opaque
+
+# Rows of x beyond which dequantizing and a dense GEMM are the faster way.
+MANY_ROWS = 256
+# Mean rows of an expert, as a part of a tile's, up to which that tile serves a stack.
+FILLED = 0.9
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def _check(x: Tensor, w: Weight) -> None:
+    K = w.in_features
+    if x.dtype not in _DTYPES or x.dtype != w.scales.dtype:
+        raise TypeError(
+            f"marlin: x is {x.dtype}, the scales {w.scales.dtype}. Legal: both float16 or bfloat16"
+        )
+    if not K - 16 < x.shape[-1] <= K:
+        raise ValueError(f"marlin: x has {x.shape[-1]} features, the weight {K}")
+
+
+def _empty(x: Tensor, rows: int, w: Weight) -> Tensor:
+    return torch.empty(rows, w.out_features, dtype=x.dtype, device=x.device)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_tiles: int,
+    out_features: int,
+) -> Tensor:
+    """x fp16 or bf16 [*, K], the tensors of `pack`, bias [N] -> [*, N]."""
+    w = Weight(packed, scales, zeros, perm, bits, group_tiles, out_features)
+    _check(x, w)
+    rows = x.reshape(-1, x.shape[-1])
+    M = rows.shape[0]
+    out = _empty(x, M, w)
+    if M:
+        rows = gemm.usable(rows, w.in_features)
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
+        if M > MANY_ROWS:
+            gemm.dense(rows, w, bias, out)
+        else:
+            if perm is not None and M > PERMUTED_ROWS:
+                rows, w = gemm.permuted(rows, w)
+            gemm.gemm(rows, w, bias, tile_for(M, bits), out, None)
+    return out.reshape(*x.shape[:-1], out_features)
+
+
+def _linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_tiles: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+_TENSORS = "Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm"
+_ARGS = "int bits, int group_tiles, int out_features"
+
+marlin_linear = define_opaque(
+    f"marlin_linear(Tensor x, {_TENSORS}, Tensor? bias, {_ARGS}) -> Tensor", fake=_linear_fake
+)(linear)
+
+
+def _stack_tile(rows: int, experts: int, w: Weight) -> Tile:
+    """For as many rows as an expert has in the mean."""
+    most = PERMUTED_ROWS if w.perm is not None else 64
+    return tile_for(min(int(rows / experts / FILLED), most), w.bits)
+
+
+def _one_each(rows: int, experts: int) -> bool:
+    """Whether so few rows hardly share an expert: each may be a block of its own."""
+    return rows == 1 or rows * 16 <= experts
+
+
+def _stack_fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    which: Tensor,
+    bits: int,
+    group_tiles: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+@define_opaque(f"marlin_grouped(Tensor x, {_TENSORS}, Tensor ends, {_ARGS}) -> Tensor", fake=_stack_fake)
+def marlin_grouped(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    ends: Tensor,
+    bits: int,
+    group_tiles: int,
+    out_features: int,
+) -> Tensor:
+    """x [S, K] -> [S, N]: rows ends[e - 1] to ends[e] meet expert e; rows behind the last end give zeros."""
+    w = Weight(packed, scales, zeros, perm, bits, group_tiles, out_features)
+    _check(x, w)
+    S, E = x.shape[0], packed.shape[0]
+    out = _empty(x, S, w).zero_()
+    if S:
+        tile = _stack_tile(S, E, w)
+        blocks = gemm.align(_integers(ends), True, S, E, tile.tokens, 1, x.dtype == torch.bfloat16)
+        gemm.gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
+    return out
+
+
+@define_opaque(f"marlin_indexed(Tensor x, {_TENSORS}, Tensor ids, {_ARGS}) -> Tensor", fake=_stack_fake)
+def marlin_indexed(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    ids: Tensor,
+    bits: int,
+    group_tiles: int,
+    out_features: int,
+) -> Tensor:
+    """x [S, K] -> [S, N]: row s meets expert ids[s]; zeros where there is no such expert."""
+    w = Weight(packed, scales, zeros, perm, bits, group_tiles, out_features)
+    _check(x, w)
+    S, E = x.shape[0], packed.shape[0]
+    out = _empty(x, S, w).zero_()
+    if S:
+        tile = _stack_tile(S, E, w)
+        blocks = _blocks(_integers(ids), E, tile, 1, _one_each(S, E), x.dtype)
+        gemm.gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
+    return out
+
+
+def _integers(index: Tensor) -> Tensor:
+    if index.dtype not in (torch.int32, torch.int64):
+        index = index.to(torch.int32)
+    return index.contiguous()
+
+
+def _blocks(
+    ids: Tensor, experts: int, tile: Tile, top_k: int, one_each: bool, dtype: torch.dtype
+) -> gemm.Blocks:
+    if one_each:
+        return gemm.alone(ids, experts, top_k)
+    return gemm.align(ids, False, ids.numel(), experts, tile.tokens, top_k, dtype == torch.bfloat16)
+
+
+def _block_fake(x: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@define_opaque(
+    "marlin_experts(Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, "
+    "Tensor? gate_up_bias, Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args) -> Tensor",
+    fake=_block_fake,
+)
+def marlin_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Sequence[Tensor | None],
+    down: Sequence[Tensor | None],
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gate_up_args: Sequence[int],
+    down_args: Sequence[int],
+) -> Tensor:
+    """x [T, H], ids and weights [T, k] -> [T, H]: the sum over k of weights * down(activation(gate_up(x))).
+
+    gate_up_bias [E, 2I], down_bias [E, H]. An id that is no expert counts nothing.
+    """
+    first, second = _stack(gate_up, gate_up_args), _stack(down, down_args)
+    _check(x, first)
+    T, k = ids.shape
+    if T == 0:
+        return torch.empty_like(x)
+    E = first.packed.shape[0]
+    ids = _integers(ids)
+    rows = T * k
+    biases = [None if b is None else b.to(x.dtype).contiguous() for b in (gate_up_bias, down_bias)]
+    tiles = [_stack_tile(rows, E, w) for w in (first, second)]
+    tokens = min(tile.tokens for tile in tiles)
+    tiles = [tile_for(tokens, w.bits) for w in (first, second)]
+    blocks = _blocks(ids, E, tiles[0], k, T == 1 or _one_each(rows, E), x.dtype)
+    hidden = _empty(x, rows, first)
+    gemm.gemm(gemm.usable(x, first.in_features), first, biases[0], tiles[0], hidden, blocks)
+    active = gemm.usable(gemm.activate(hidden, activation), second.in_features)
+    out = _empty(x, rows, second)
+    gemm.gemm(active, second, biases[1], tiles[1], out, blocks.each_row())
+    return gemm.combine(out, ids, _weights(weights, x.dtype), E)
+
+
+def _stack(tensors: Sequence[Tensor | None], args: Sequence[int]) -> Weight:
+    packed, scales, zeros, perm = tensors
+    assert packed is not None and scales is not None
+    bits, group_tiles, out_features = args
+    return Weight(packed, scales, zeros, perm, bits, group_tiles, out_features)
+
+
+def _weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32, or of the dtype of x."""
+    if weights.dtype not in (torch.float32, dtype):
+        weights = weights.float()
+    return weights.contiguous()

@@ -1,0 +1,141 @@
+"""What the CUDA sources are compiled for: the constants of one variant, and which variant a call gets."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+MOST_STAGES = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a block of threads cuts the work; see gemm.cu.
+
+    tokens: rows of x. warps_n, warps_k: warps along the outputs (64 each) and along k. k_tiles: tiles of 16 k
+    that a warp takes in a stage. blocks: on a multiprocessor, at least, if its shared memory allows.
+    """
+
+    tokens: int
+    warps_n: int
+    warps_k: int
+    k_tiles: int
+    blocks: int = 2
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_n * self.warps_k
+
+
+# For up to so many rows of x, by bits. Larger inputs are cut into blocks of the last.
+TILES: dict[int, tuple[Tile, ...]] = {
+    4: (Tile(8, 2, 4, 4), Tile(16, 2, 4, 4), Tile(32, 4, 2, 4), Tile(48, 4, 1, 4), Tile(64, 4, 1, 4)),
+    8: (Tile(8, 2, 4, 2), Tile(16, 2, 4, 2), Tile(32, 4, 2, 2), Tile(48, 4, 1, 4), Tile(64, 4, 1, 4)),
+}
+
+
+def tile_for(rows: int, bits: int) -> Tile:
+    """The smallest tile that holds `rows`, or the largest of all."""
+    return next((tile for tile in TILES[bits] if rows <= tile.tokens), TILES[bits][-1])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of gemm.cu.
+
+    group_tiles: tiles of 16 k in a group, 2, 4 or 8; 0 where each output has one scale.
+    perm: x is read in the order of a permutation. moe: the weights are a stack of experts.
+    """
+
+    bits: int
+    bf16: bool
+    asym: bool
+    group_tiles: int
+    perm: bool
+    moe: bool
+    tile: Tile
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of one stage: weights, x, scales, zero points."""
+        tile = self.tile
+        warps = tile.warps_n * tile.warps_k
+        chunk = 16 * tile.warps_k * tile.k_tiles
+        runs = max(tile.k_tiles // self.group_tiles, 1) if self.group_tiles else 1
+        grid = 128 * bool(self.group_tiles) + 8 * self.bits * self.asym
+        return warps * tile.k_tiles * 128 * self.bits + tile.tokens * (2 * chunk + 16) + warps * runs * grid
+
+    def shared_bytes(self, stages: int) -> int:
+        """Of a block: its stages, and the sums of its warps."""
+        return stages * self.stage_bytes + self.tile.warps_k * 8 * (64 * self.tile.warps_n + 4) * 4
+
+    def fit(self, per_multiprocessor: int, per_block: int) -> tuple[int, int]:
+        """(stages, blocks a multiprocessor) that fit so many bytes of shared memory.
+
+        A block costs 1 KiB beside its own bytes. Fewer blocks come before fewer than three stages.
+        """
+        for blocks in range(self.tile.blocks, 0, -1):
+            limit = min(per_multiprocessor // blocks - 1024, per_block)
+            for stages in range(MOST_STAGES, 1, -1):
+                if self.shared_bytes(stages) <= limit and (stages > 2 or blocks == 1):
+                    return stages, blocks
+        raise AssertionError(f"{self} does not fit {per_block} bytes of shared memory")
+
+    def source(self, stages: int, blocks: int) -> str:
+        """The whole text for the compiler."""
+        tile = self.tile
+        constants = {
+            "TOKENS": tile.tokens,
+            "WARPS_N": tile.warps_n,
+            "WARPS_K": tile.warps_k,
+            "K_TILES": tile.k_tiles,
+            "STAGES": stages,
+            "BLOCKS": blocks,
+            "PERM": int(self.perm),
+            "MOE": int(self.moe),
+            "SHARED": self.shared_bytes(stages),
+        }
+        head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
+        return _join(head | constants, text("ptx.cuh"), text("dequantize.cuh"), text("gemm.cu"))
+
+
+# Rows of x beyond which x is put into the order of act-order once, not by each block that reads it.
+PERMUTED_ROWS = 16
+
+
+def every() -> Iterator[Variant]:
+    """All variants that can be asked for."""
+    flags = (False, True)
+    grids = itertools.product(TILES, flags, flags, (0, 2, 4, 8), flags, flags)
+    for bits, bf16, asym, group_tiles, perm, moe in grids:
+        for tile in TILES[bits]:
+            if not perm or tile.tokens <= PERMUTED_ROWS:
+                yield Variant(bits, bf16, asym, group_tiles, perm, moe, tile)
+
+
+def grid_constants(bits: int, bf16: bool, asym: bool, group_tiles: int) -> dict[str, int]:
+    return {"BITS": bits, "BF16": int(bf16), "ASYM": int(asym), "GROUP_TILES": group_tiles}
+
+
+@functools.cache
+def text(name: str) -> str:
+    return (FOLDER / name).read_text()
+
+
+def _join(constants: dict[str, int], *parts: str) -> str:
+    return "\n".join([*(f"#define {name} {value}" for name, value in constants.items()), *parts])
+
+
+def dense_source(bits: int, bf16: bool, asym: bool, group_tiles: int) -> str:
+    """dense.cu for one grid."""
+    head = grid_constants(bits, bf16, asym, group_tiles)
+    return _join(head, text("ptx.cuh"), text("dequantize.cuh"), text("dense.cu"))
+
+
+def moe_source(bf16: bool) -> str:
+    """moe.cu for one dtype."""
+    return _join({"BF16": int(bf16)}, text("ptx.cuh"), text("moe.cu"))

@@ -1,0 +1,284 @@
+// Runs the CUDA sources of gptq_fx/kernels/marlin on the CPU, in place of ptx.cuh: each thread of a block is a
+// fiber, an instruction of a warp waits for its 32 lanes, __syncthreads for all. Warps run in a random order
+// between two barriers. An asynchronous copy poisons its target when it starts and fills it when it is waited
+// for, so that reading too early and overwriting too early both show.
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <random>
+#include <vector>
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef unsigned long long u64;
+
+#define __align__(n) alignas(n)
+#define __constant__
+#define __shared__
+#define DEVICE static inline
+#define KERNEL(threads, blocks) static void
+#define SHARED_MEMORY(name) u8* name = host::shared
+#define threadIdx host::thread
+#define blockIdx host::block
+#define gridDim host::grid
+#define blockDim host::dim
+
+struct __align__(16) Quad { u32 v[4]; };
+struct __align__(16) Float4 { float v[4]; };
+
+namespace host {
+struct Index { u32 x = 0, y = 0, z = 0; };
+enum State { READY, AT_WARP, AT_BLOCK, DONE };
+struct Copy { u32 to; const void* from; bool valid; };
+struct Fiber {
+    ucontext_t context;  // only to start it: swapcontext asks the kernel for the signal mask each time
+    jmp_buf here;
+    bool started = false;
+    State state = READY;
+    std::vector<char> stack;
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+    std::function<void()> whole_warp;  // set by lane 0: what the instruction does
+    const void* operand = nullptr;
+    void* result = nullptr;
+};
+static Index thread, block, grid, dim;
+static u8* shared;
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static jmp_buf scheduler_here;
+static std::function<void()> body;
+
+static __attribute__((noinline)) void leave(State state) {
+    Fiber& f = fibers[thread.x];
+    f.state = state;
+    if (_setjmp(f.here) == 0) _longjmp(scheduler_here, 1);
+}
+static void enter() {
+    body();
+    fibers[thread.x].state = DONE;
+    _longjmp(scheduler_here, 1);
+}
+static void resume(u32 t) {
+    Fiber& f = fibers[t];
+    thread.x = t;
+    if (_setjmp(scheduler_here)) return;
+    if (f.started) _longjmp(f.here, 1);
+    f.started = true;
+    swapcontext(&scheduler, &f.context);
+}
+template <class Operation>
+static void with_warp(const void* operand, void* result, Operation operation) {
+    Fiber& f = fibers[thread.x];
+    f.operand = operand;
+    f.result = result;
+    f.whole_warp = operation;
+    leave(AT_WARP);
+}
+static void fail(const char* what) {
+    std::fprintf(stderr, "block %u thread %u: %s\n", block.x, thread.x, what);
+    std::abort();
+}
+
+static void run_block(u32 threads, u32 seed) {
+    std::mt19937 random(seed);
+    fibers.clear();
+    fibers.resize(threads);
+    for (u32 t = 0; t < threads; ++t) {
+        Fiber& f = fibers[t];
+        f.stack.resize(256 * 1024);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.data();
+        f.context.uc_stack.ss_size = f.stack.size();
+        f.context.uc_link = &scheduler;
+        makecontext(&f.context, enter, 0);
+    }
+    const u32 warps = threads / 32;
+    for (;;) {
+        std::vector<u32> runnable;
+        u32 done = 0, waiting = 0;
+        for (u32 w = 0; w < warps; ++w) {
+            bool ready = false;
+            for (u32 l = 0; l < 32; ++l) {
+                const State s = fibers[32 * w + l].state;
+                ready |= s == READY;
+                done += s == DONE;
+                waiting += s == AT_BLOCK;
+            }
+            if (ready) runnable.push_back(w);
+        }
+        if (done == threads) return;
+        if (runnable.empty()) {
+            if (done + waiting != threads || done) fail("threads wait for each other");
+            for (Fiber& f : fibers) f.state = READY;
+            continue;
+        }
+        const u32 w = runnable[random() % runnable.size()];
+        for (u32 l = 0; l < 32; ++l) {
+            if (fibers[32 * w + l].state == READY) resume(32 * w + l);
+        }
+        u32 at = 0;
+        for (u32 l = 0; l < 32; ++l) at += fibers[32 * w + l].state == AT_WARP;
+        if (at == 0) continue;
+        thread.x = 32 * w;
+        if (at != 32) fail("a warp is not whole");
+        fibers[32 * w].whole_warp();
+        for (u32 l = 0; l < 32; ++l) fibers[32 * w + l].state = READY;
+    }
+}
+
+static void launch(std::function<void()> kernel, u32 blocks, u32 rows, u32 threads, u32 shared_bytes, int order) {
+    body = kernel;
+    grid.x = blocks;
+    grid.y = rows;
+    dim.x = threads;
+    std::vector<u8> memory(shared_bytes + 128);
+    shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+    std::vector<u32> order_of_blocks(blocks);
+    for (u32 b = 0; b < blocks; ++b) order_of_blocks[b] = order == 0 ? b : blocks - 1 - b;
+    if (order > 1) std::shuffle(order_of_blocks.begin(), order_of_blocks.end(), std::mt19937(order));
+    for (u32 b : order_of_blocks) {
+        block.x = b;
+        for (block.y = 0; block.y < rows; ++block.y) {
+            std::memset(shared, 0xff, shared_bytes);  // NaN
+            run_block(threads, b + order);
+        }
+    }
+}
+
+static float half_to_float(u16 x) {
+#if BF16
+    u32 bits = u32(x) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+#else
+    _Float16 h;
+    std::memcpy(&h, &x, 2);
+    return h;
+#endif
+}
+static u16 float_to_half(double d) {
+#if BF16
+    float f = d;
+    u32 bits;
+    std::memcpy(&bits, &f, 4);
+    if (std::isnan(f)) return 0x7fff;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+#else
+    _Float16 h = d;
+    u16 x;
+    std::memcpy(&x, &h, 2);
+    return x;
+#endif
+}
+}  // namespace host
+
+static inline void __syncthreads() { host::leave(host::AT_BLOCK); }
+static inline void __threadfence() {}
+static inline void __syncwarp() { host::with_warp(nullptr, nullptr, [] {}); }
+static inline int atomicAdd(int* p, int v) {
+    const int before = *p;
+    *p += v;
+    return before;
+}
+
+DEVICE u32 shared_address(const void* p) { return static_cast<const u8*>(p) - host::shared; }
+
+DEVICE void copy_async(u32 to, const void* from, bool valid) {
+    if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) host::fail("a copy is not aligned");
+    std::memset(host::shared + to, 0xff, 16);
+    host::fibers[threadIdx.x].open.push_back({to, from, valid});
+}
+DEVICE void copy_commit() {
+    host::Fiber& f = host::fibers[threadIdx.x];
+    f.groups.push_back(f.open);
+    f.open.clear();
+}
+template <int PENDING>
+static void copy_wait() {
+    host::Fiber& f = host::fibers[threadIdx.x];
+    while (int(f.groups.size()) > PENDING) {
+        for (const host::Copy& c : f.groups.front()) {
+            if (c.valid)
+                std::memcpy(host::shared + c.to, c.from, 16);
+            else
+                std::memset(host::shared + c.to, 0, 16);
+        }
+        f.groups.pop_front();
+    }
+}
+
+DEVICE void load_matrices(u32 (&r)[4], u32 address) {
+    host::with_warp(&address, r, [] {
+        host::Fiber* warp = &host::fibers[threadIdx.x];
+        for (int lane = 0; lane < 32; ++lane)
+            for (int m = 0; m < 4; ++m) {
+                const u32 row = *static_cast<const u32*>(warp[8 * m + lane / 4].operand);
+                if (row % 16) host::fail("a row of a matrix is not aligned");
+                std::memcpy(static_cast<u32*>(warp[lane].result) + m, host::shared + row + lane % 4 * 4, 4);
+            }
+    });
+}
+
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    const u32 operand[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    host::with_warp(operand, c, [] {
+        host::Fiber* warp = &host::fibers[threadIdx.x];
+        float A[16][16], B[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const u32* r = static_cast<const u32*>(warp[lane].operand);
+            const int g = lane / 4, q = lane % 4 * 2;
+            for (int e = 0; e < 2; ++e) {
+                for (int i = 0; i < 4; ++i)
+                    A[g + i % 2 * 8][q + e + i / 2 * 8] = host::half_to_float(r[i] >> (16 * e));
+                for (int i = 0; i < 2; ++i) B[q + e + 8 * i][g] = host::half_to_float(r[4 + i] >> (16 * e));
+            }
+        }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i) {
+                float& out = static_cast<float*>(warp[lane].result)[i];
+                double sum = out;
+                for (int k = 0; k < 16; ++k)
+                    sum += double(A[lane / 4 + i / 2 * 8][k]) * B[k][lane % 4 * 2 + i % 2];
+                out = sum;
+            }
+    });
+}
+
+DEVICE u32 fma2(u32 a, u32 b, u32 c) {
+    u32 d = 0;
+    for (int i = 0; i < 32; i += 16)
+        d |= u32(host::float_to_half(double(host::half_to_float(a >> i)) * host::half_to_float(b >> i) +
+                                     host::half_to_float(c >> i)))
+             << i;
+    return d;
+}
+DEVICE float to_float(u16 x) { return host::half_to_float(x); }
+DEVICE u32 from_floats(float low, float high) {
+    return host::float_to_half(low) | u32(host::float_to_half(high)) << 16;
+}
+template <u32 SELECTOR>
+static u32 bytes(u32 a) {
+    u32 d = 0;
+    for (int i = 0; i < 4; ++i) d |= (a >> (8 * (SELECTOR >> (4 * i) & 3)) & 255) << (8 * i);
+    return d;
+}
+DEVICE u16 load_early(const u16* p) { return *p; }
+DEVICE Quad load_early(const Quad* p) { return *p; }
+DEVICE Float4 load_shared_between_blocks(const float* p) {
+    Float4 f;
+    std::memcpy(&f, p, 16);
+    return f;
+}
+DEVICE void let_next_kernel_start() {}
+DEVICE void wait_for_kernels_before() {}

@@ -1,0 +1,160 @@
+"""Compiling the Marlin kernels by NVRTC, which needs no GPU, and keeping what came out."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptq_fx.errors import KernelError
+from gptq_fx.kernels.marlin import nvrtc, variants
+from gptq_fx.kernels.marlin.variants import TILES, Variant
+
+# KiB of shared memory, of a multiprocessor and of a block.
+ARCHITECTURES = {
+    "sm_80": (164, 163),
+    "sm_86": (100, 99),
+    "sm_89": (100, 99),
+    "sm_90a": (228, 227),
+    "sm_100": (228, 227),
+    "sm_120": (100, 99),
+}
+EVERY = list(variants.every())
+SAMPLE = EVERY[::41]
+
+every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """NVRTC with an empty cache."""
+    if reason := nvrtc.available():
+        pytest.skip(reason)
+    monkeypatch.setenv("GPTQ_FX_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_the_sample_has_every_value_of_every_field():
+    for field in Variant.__dataclass_fields__:
+        if field != "tile":
+            assert {getattr(v, field) for v in SAMPLE} == {getattr(v, field) for v in EVERY}, field
+    assert {v.tile.tokens for v in SAMPLE} == {v.tile.tokens for v in EVERY}
+
+
+@every_architecture
+def test_every_variant_fits_every_architecture(arch):
+    per_multiprocessor, per_block = (1024 * kib for kib in ARCHITECTURES[arch])
+    for variant in EVERY:
+        stages, blocks = variant.fit(per_multiprocessor, per_block)
+        assert variant.shared_bytes(stages) <= per_block
+        assert blocks * (variant.shared_bytes(stages) + 1024) <= per_multiprocessor
+        assert stages > 2 or blocks == 1
+
+
+def build(variant, arch):
+    stages, blocks = variant.fit(*(1024 * kib for kib in ARCHITECTURES[arch]))
+    return nvrtc.compile(variant.source(stages, blocks), arch, "marlin_gemm")
+
+
+@pytest.mark.parametrize("nth", range(len(ARCHITECTURES)), ids=list(ARCHITECTURES).__getitem__)
+def test_a_sample_of_the_variants_compiles(compiler, nth):
+    """Each of the sample on two architectures; test_every_variant_compiles has them all."""
+    arch = list(ARCHITECTURES)[nth]
+    for variant in SAMPLE[nth % 3 :: 3]:
+        assert build(variant, arch).startswith(b"\x7fELF")
+    for bf16 in (False, True):
+        assert b"marlin_align" in nvrtc.compile(variants.moe_source(bf16), arch, "marlin_align")
+        source = variants.dense_source(4 if bf16 else 8, bf16, bf16, 8 * bf16)
+        assert b"marlin_dequantize" in nvrtc.compile(source, arch, "marlin_dequantize")
+
+
+@pytest.mark.slow
+@every_architecture
+def test_every_variant_compiles(compiler, arch):
+    for variant in EVERY:
+        assert build(variant, arch).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_the_hot_variants_spill_no_registers(compiler, arch):
+    for tile in (*TILES[4], TILES[8][0]):
+        bits = 4 if tile in TILES[4] else 8
+        variant = Variant(bits, True, False, 8, False, False, tile)
+        stages, blocks = variant.fit(*(1024 * kib for kib in ARCHITECTURES[arch]))
+        log = nvrtc.resources(variant.source(stages, blocks), arch, "marlin_gemm")
+        assert "0 bytes spill stores, 0 bytes spill loads" in log
+
+
+GOOD = 'extern "C" __global__ void f(int* x) { *x = 1; }'
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_what_is_compiled_is_kept(compiler, monkeypatch):
+    code = nvrtc.compile(GOOD, "sm_80", "f")
+    assert len(files(compiler)) == 1
+    monkeypatch.setattr(nvrtc, "_compile", lambda *args: pytest.fail("compiled again"))
+    assert nvrtc.compile(GOOD, "sm_80", "f") == code
+
+
+def test_another_source_architecture_or_compiler_is_another_entry(compiler, monkeypatch):
+    nvrtc.compile(GOOD, "sm_80", "f")
+    nvrtc.compile(GOOD + " ", "sm_80", "f")
+    nvrtc.compile(GOOD, "sm_90a", "f")
+    monkeypatch.setattr(nvrtc, "version", lambda: "0.0")
+    nvrtc.compile(GOOD, "sm_80", "f")
+    monkeypatch.setattr(nvrtc, "OPTIONS", (*nvrtc.OPTIONS, "--use_fast_math"))
+    nvrtc.compile(GOOD, "sm_80", "f")
+    assert len(files(compiler)) == 5
+
+
+@settings(deadline=None, max_examples=10)
+@given(at=st.integers(0, 10**6))
+def test_a_damaged_entry_is_made_again(at):
+    if reason := nvrtc.available():
+        pytest.skip(reason)
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("GPTQ_FX_CACHE", folder)
+        code = nvrtc.compile(GOOD, "sm_80", "f")
+        (entry,) = files(Path(folder))
+        content = bytearray(entry.read_bytes())
+        content[at % len(content)] ^= 1
+        entry.write_bytes(content)
+        assert nvrtc.compile(GOOD, "sm_80", "f") == code
+        entry.write_bytes(content[: at % len(content)])
+        assert nvrtc.compile(GOOD, "sm_80", "f") == code
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(compiler, monkeypatch, caplog):
+    (compiler / "file").write_text("")
+    monkeypatch.setenv("GPTQ_FX_CACHE", str(compiler / "file"))
+    assert nvrtc.compile(GOOD, "sm_80", "f").startswith(b"\x7fELF")
+    assert "every process compiles its own" in caplog.text
+
+
+def test_a_source_that_is_wrong_is_an_error_with_the_compilers_words(compiler):
+    with pytest.raises(KernelError, match=r"(?s)f for sm_80 by NVRTC .*f\.cu\(1\): error"):
+        nvrtc.compile(GOOD.replace("int*", "nothing*"), "sm_80", "f")
+    assert files(compiler) == []
+
+
+def test_an_architecture_that_is_not_known_is_an_error_with_those_that_are(compiler):
+    with pytest.raises(KernelError, match=r"Legal: sm_80, .*sm_90"):
+        nvrtc.compile(GOOD, "sm_33", "f")
+
+
+def test_without_nvrtc_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(nvrtc, "library", lambda: None)
+    with pytest.raises(KernelError, match="pip install nvidia-cuda-nvrtc"):
+        nvrtc.compile(GOOD, "sm_80", "f")
+
+
+def test_the_folder_of_the_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv("GPTQ_FX_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert nvrtc.cache_folder() == tmp_path / "gptq_fx"
+    monkeypatch.setenv("GPTQ_FX_CACHE", str(tmp_path / "own"))
+    assert nvrtc.cache_folder() == tmp_path / "own"

@@ -1,0 +1,236 @@
+"""The Marlin kernels without a GPU: their own source runs on the CPU (marlin_host.h), behind the real ops."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from marlin_host import A_GPU, CXX, HostFunction, text
+from tolerances import LINEAR, relative_error
+
+from gptq_fx import QuantizedWeight, Scheme
+from gptq_fx.kernels import LinearSpec, block, marlin
+from gptq_fx.kernels.marlin import gemm, launch, ops, variants
+
+pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+CACHED = (gemm.gemm_function, gemm._dense_functions, gemm._moe_functions)
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch):
+    """The GPU is the host; fresh memory is full of NaN."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    zeros = torch.zeros(launch.COUNTERS, dtype=torch.int32)
+    monkeypatch.setattr(gemm, "Function", HostFunction)
+    monkeypatch.setattr(gemm, "device", lambda index: A_GPU)
+    monkeypatch.setattr(gemm, "counters", lambda index: zeros.data_ptr())
+    monkeypatch.setattr(variants, "text", text)
+    monkeypatch.setattr(HostFunction, "order", 0)
+    HostFunction.launches.clear()
+    for cached in CACHED:
+        cached.cache_clear()
+    yield
+    torch.use_deterministic_algorithms(False)
+    for cached in CACHED:
+        cached.cache_clear()
+    assert not zeros.any(), "counters are left as they were found"
+
+
+def make(N, K, bits=4, size=128, sym=True, dtype=torch.bfloat16, desc_act=False, experts=None):
+    spec = LinearSpec(K, N, Scheme(bits, size, sym, desc_act), dtype, "cpu", experts)
+    lead = () if experts is None else (experts,)
+    codes = torch.randint(2**bits, (*lead, K, N))
+    scales = ((torch.rand(*lead, spec.groups, N) + 0.1) / 2**bits).to(dtype)
+    zeros = None if sym else torch.randint(2**bits, (*lead, spec.groups, N))
+    g_idx = None
+    if desc_act:
+        g_idx = torch.stack([torch.randperm(K) for _ in range(experts or 1)]) // spec.group_size
+        g_idx = g_idx.to(torch.int32).reshape(*lead, K)
+    return spec, QuantizedWeight.from_codes(codes, scales, zeros, bits, g_idx)
+
+
+def run(spec, weight, x, bias=None):
+    tensors = marlin.MARLIN.pack_all(weight, spec)
+    return ops.linear(x, *tensors, bias, *marlin.MARLIN.op_args(spec))
+
+
+def check(spec, weight, M):
+    x = torch.randn(M, spec.in_features).to(spec.dtype)
+    bias = torch.randn(spec.out_features).to(spec.dtype)
+    W = weight.dequantize(torch.float64)
+    for b in (None, bias):
+        y = run(spec, weight, x, b)
+        expected = x.double() @ W.T + (0 if b is None else b.double())
+        assert y.dtype == spec.dtype
+        assert relative_error(y, expected) <= 0.0025 < LINEAR[torch.bfloat16]
+
+
+GRIDS = [
+    (4, 128, True, torch.bfloat16),
+    (4, 64, False, torch.float16),
+    (4, 32, False, torch.bfloat16),
+    (4, -1, True, torch.float16),
+    (8, 128, False, torch.bfloat16),
+    (8, 32, True, torch.float16),
+    (8, -1, False, torch.bfloat16),
+    (3, 96, False, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("bits", "size", "sym", "dtype"), GRIDS)
+def test_the_gemm(bits, size, sym, dtype):
+    """Several output tiles, split over blocks; widths and lengths that fill no tile."""
+    for M in (1, 8):
+        check(
+            *make(200, 672, bits, size, sym, dtype)
+            if size == 96
+            else make(200, 1152, bits, size, sym, dtype),
+            M,
+        )
+
+
+@pytest.mark.parametrize(("M", "desc_act"), [(8, False), (8, True), (70, False)])
+def test_more_units_of_work_than_stages(monkeypatch, M, desc_act):
+    """Two blocks of threads: each stage is filled again, through the ends of tiles."""
+    monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=1))
+    check(*make(328, 1152, 4, 128, False, desc_act=desc_act), M)
+
+
+@pytest.mark.parametrize("M", [13, 30, 40, 70])
+def test_the_gemm_of_more_rows(M):
+    check(*make(328, 640, 4, 128, False), M)
+    check(*make(328, 640, 4, 128, True, desc_act=True), M)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_act_order(bits):
+    check(*make(72, 288, bits, 32, False, desc_act=True), 3)
+
+
+@pytest.mark.parametrize(("K", "dtype"), [(40, torch.float16), (1000, torch.bfloat16)])
+def test_in_features_that_fill_no_tile(K, dtype):
+    check(*make(24, K, 4, -1, True, dtype), 2)
+
+
+def test_rows_that_are_not_contiguous():
+    spec, weight = make(64, 256)
+    x = torch.randn(6, 512).to(spec.dtype)
+    for rows in (x[:, :256], x[:, 3:259], x[::2, 256:], x.T[:256].T[:, :256]):
+        expected = run(spec, weight, rows.contiguous())
+        assert torch.equal(run(spec, weight, rows), expected)
+
+
+def test_the_order_of_blocks_changes_no_bit(monkeypatch):
+    spec, weight = make(200, 2048)
+    x = torch.randn(5, 2048).to(spec.dtype)
+    results = []
+    for order in (0, 1, 2, 3):
+        monkeypatch.setattr(HostFunction, "order", order)
+        results.append(run(spec, weight, x))
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.parametrize(("bits", "size", "sym", "dtype"), GRIDS)
+def test_many_rows_are_multiplied_by_dequantized_weights(monkeypatch, bits, size, sym, dtype):
+    monkeypatch.setattr(ops, "MANY_ROWS", 4)
+    monkeypatch.setattr(gemm, "SCRATCH_BYTES", 2 * 64 * 1152 * 2)
+    check(*make(200, 672 if size == 96 else 1152, bits, size, sym, dtype), 6)
+    assert set(HostFunction.launches) == {"marlin_dequantize"}
+
+
+def test_many_rows_in_act_order(monkeypatch):
+    monkeypatch.setattr(ops, "MANY_ROWS", 4)
+    check(*make(72, 288, 4, 32, False, desc_act=True), 6)
+    assert set(HostFunction.launches) == {"marlin_permute", "marlin_dequantize"}
+
+
+def expected_rows(weight, x, experts):
+    """Row s times the weight of experts[s]; zeros for an expert that is none."""
+    W = weight.dequantize(torch.float64)
+    rows = [
+        x[s].double() @ W[e].T if 0 <= e < len(W) else W.new_zeros(W.shape[1]) for s, e in enumerate(experts)
+    ]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_grouped(dtype, desc_act):
+    spec, weight = make(72, 256, experts=5, desc_act=desc_act)
+    tensors = marlin.MARLIN.pack_all(weight, spec)
+    x = torch.randn(30, 256).to(spec.dtype)
+    ends = torch.tensor([3, 3, 20, 27, 28], dtype=dtype)
+    owner = torch.searchsorted(ends.long(), torch.arange(30), right=True)
+    y = ops.marlin_grouped(x, *tensors, ends, *marlin.MARLIN.op_args(spec))
+    assert relative_error(y, expected_rows(weight, x, owner.tolist())) <= 0.0025
+    assert not y[28:].any()
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(4, 1), (4, 11), (64, 3)])
+def test_indexed(experts, rows):
+    spec, weight = make(72, 256, sym=False, experts=experts)
+    tensors = marlin.MARLIN.pack_all(weight, spec)
+    x = torch.randn(rows, 256).to(spec.dtype)
+    ids = torch.randint(experts, (rows,))
+    if rows > 1:
+        ids[1] = experts  # no expert
+    y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
+    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= 0.0025
+
+
+def test_more_blocks_of_threads_than_units_of_work(monkeypatch):
+    """How many units there are, only the GPU knows: some of its blocks have none."""
+    monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=11))
+    spec, weight = make(128, 768, experts=4)
+    x = torch.randn(3, 768).to(spec.dtype)
+    tensors = marlin.MARLIN.pack_all(weight, spec)
+    ids = torch.tensor([2, 2, 2])
+    y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
+    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= 0.0025
+
+
+@pytest.mark.parametrize("activation", gemm.ACTIVATIONS)
+@pytest.mark.parametrize(("T", "biased"), [(1, True), (9, False), (40, True)])
+def test_a_block_of_experts(activation, T, biased):
+    E, H, inner, k = 6, 128, 96, 2
+    up_spec, up = make(2 * inner, H, experts=E)
+    down_spec, down = make(H, inner, size=32, experts=E)
+    x, ids = torch.randn(T, H).to(up_spec.dtype), torch.randint(E, (T, k))
+    if T == 1:
+        ids = torch.tensor([[4, 1]])
+    ids[-1, 0] = E  # no expert
+    weights = torch.rand(T, k)
+    biases = [torch.randn(E, 2 * inner).bfloat16(), torch.randn(E, H).bfloat16()] if biased else [None, None]
+    packs = [marlin.MARLIN.pack_all(w, s) for w, s in ((up, up_spec), (down, down_spec))]
+    args = [list(marlin.MARLIN.op_args(s)) for s in (up_spec, down_spec)]
+    y = ops.marlin_experts(x, ids, weights, *packs, *biases, activation, *args)
+    W1, W2 = up.dequantize(torch.float64), down.dequantize(torch.float64)
+    b1, b2 = (b.double() if b is not None else torch.zeros(E, 1) for b in biases)
+    expected = block.run_block(
+        x.double(),
+        ids,
+        weights.double(),
+        lambda e, rows: rows @ W1[e].T + b1[e],
+        lambda e, rows: rows @ W2[e].T + b2[e],
+        activation,
+        E,
+    )
+    assert relative_error(y, expected) <= 2 * LINEAR[torch.bfloat16]
+    assert ("marlin_align" in HostFunction.launches) == (T > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_opcheck(dtype):
+    spec, weight = make(64, 256, dtype=dtype)
+    tensors, args = marlin.MARLIN.pack(weight, spec), marlin.MARLIN.op_args(spec)
+    bias = torch.randn(64).to(dtype)
+    torch.library.opcheck(ops.marlin_linear, (torch.randn(2, 3, 256).to(dtype), *tensors, bias, *args))
+    spec, weight = make(64, 256, dtype=dtype, experts=3)
+    down_spec, down = make(256, 32, size=-1, dtype=dtype, experts=3)
+    tensors, args = marlin.MARLIN.pack_all(weight, spec), marlin.MARLIN.op_args(spec)
+    x = torch.randn(5, 256).to(dtype)
+    torch.library.opcheck(ops.marlin_grouped, (x, *tensors, torch.tensor([2, 2, 5]), *args))
+    torch.library.opcheck(ops.marlin_indexed, (x, *tensors, torch.tensor([2, 0, 0, 1, 2]), *args))
+    packs = [list(tensors), list(marlin.MARLIN.pack_all(down, down_spec))]
+    routed = x, torch.tensor([[0, 1]] * 5), torch.rand(5, 2)
+    lists = [list(args), list(marlin.MARLIN.op_args(down_spec))]
+    torch.library.opcheck(ops.marlin_experts, (*routed, *packs, None, None, "silu", *lists))
