@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import gptq_fx
-from measure import Tokenizer, generation, perplexity, windows
+from gptq_fx.measure import perplexity, speed
 from smollm2 import checkpoint
+from texts import Tokenizer, prompt_ids, windows
 
 PROMPT = "Why is the sky blue? Explain it to a child, step by step."
 
@@ -32,14 +33,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure(
     name: str, model: PreTrainedModel, tokenizer: Tokenizer, held_out: torch.Tensor, args: argparse.Namespace
 ) -> dict[str, float]:
-    run = generation(model, tokenizer, args.prompt, args.new_tokens)
-    print(f"\n== {name}\n{run.text.strip()}\n")
+    ids = prompt_ids(tokenizer, args.prompt).to(model.device)
+    run, tokens = speed(model, ids, args.new_tokens, repeats=3)
+    print(f"\n== {name}\n{tokenizer.decode(tokens, skip_special_tokens=True).strip()}\n")
     return {
         "compile [s]": run.compile_seconds,
         "prefill [tokens/s]": run.prefill,
         "decode [tokens/s]": run.decode,
-        "weights [MB]": model.get_memory_footprint() / 1e6,
-        "perplexity": perplexity(model, held_out),
+        "weights [MB]": run.weight_bytes / 1e6,
+        "perplexity": perplexity(model, held_out, eager=True),
     }
 
 

@@ -23,7 +23,7 @@ from gptq_fx.options import Options
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import Plan
 from gptq_fx.passes.capture import capture, is_dynamo, lifted
-from gptq_fx.passes.plan import Site
+from gptq_fx.passes.plan import Operand, Order, Site
 from gptq_fx.resolve import Resolver
 
 log = logging.getLogger(__name__)
@@ -84,8 +84,11 @@ class Compiled:
         self.lifted = graph if graph.meta.get("gptq_lifted") else None
         self.options = options
         order = {n: i for i, n in enumerate(graph.graph.nodes) if n.op == "placeholder"}
-        operands = sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
-        self.packs = Resolver([(o, tuple(position[site.weight] for site in o.sites)) for o in operands])
+        sources: list[Operand | Order] = [*plan.orders]
+        sources += sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
+        inputs = [node for source in sources for node in source.inputs if node is not None]
+        assert inputs == sorted(inputs, key=order.__getitem__)
+        self.packs = Resolver([(s, tuple(position[site.weight] for site in s.sites)) for s in sources])
         swapped = {site.weight for operand in plan.operands for site in operand.sites}
         # A dense weight whose scheme hangs on its path: nothing guards it, so every new one is checked.
         self.watched: list[tuple[int, Site]] = []
@@ -104,9 +107,7 @@ class Compiled:
             _drop_grad_modes(graph)
         graph.recompile()
         self.keep = [i for node, i in position.items() if node not in dropped]
-        fakes = [
-            node.meta["example_value"] for operand in operands for node in operand.inputs if node is not None
-        ]
+        fakes = [node.meta["example_value"] for node in inputs]
         self.inner = self._compile(graph, [*(values[i] for i in self.keep), *fakes])
         if any(not isinstance(plan.tensor(node), QuantizedParameter) for node in swapped):
             _warn_of_dense_weights()

@@ -173,7 +173,8 @@ def bench(
 ) -> None:
     """Measure the speed of prefill and decode, and the bytes of the weights."""
     loaded = _load(model, dtype, device, compile)
-    found = asdict(measure.speed(loaded, prompt_tokens, new_tokens, repeats))
+    prompt = measure.random_prompt(loaded, prompt_tokens)
+    found = asdict(measure.speed(loaded, prompt, new_tokens, repeats, exactly=True)[0])
     text = (
         f"prefill {found['prefill']:.1f} tokens/s, decode {found['decode']:.1f} tokens/s, first token after "
         f"{found['first_token_seconds']:.3f} s, compiling {found['compile_seconds']:.1f} s, "

@@ -25,6 +25,11 @@ class Decision:
     rule: Rule | None = None
     spec: LinearSpec | None = None
 
+    @property
+    def sorted(self) -> bool:
+        """Whether the kernel takes the weight with its inputs sorted by groups."""
+        return self.kernel is not None and self.spec is not None and self.kernel.sorts(self.spec)
+
 
 def leave_dense(module: nn.Module, name: str, reason: str) -> None:
     """Mark the dense parameter module.`name`: a later compile must not quantize it by default.
@@ -55,15 +60,17 @@ def decide(
     transposed: bool = False,
     explicit: bool = False,
     calibrated: bool = False,
+    sortable: bool = True,
 ) -> Decision:
     """What happens to a weight [N, K] ([K, N] if `transposed`) at the site `name` of `kind`.
 
     explicit: the user gave options, which then apply to weights that `quantize` left dense.
     calibrated: inputs of the weight are known, by whose importance its features can be ordered.
+    sortable: there is a place where the inputs could be gathered in the order of a weight in act-order.
     Raises KernelError if no kernel, or not the one demanded, can run it.
     """
     if isinstance(weight, QuantizedParameter):
-        return _quantized(weight, name, kind, config, kernel, explicit)
+        return _quantized(weight, name, kind, config, kernel, explicit, sortable)
     if weight.dtype not in FLOATS:
         return Decision(None, None, f"{weight.dtype} weights are not quantized")
     left = getattr(weight, LEFT_DENSE, None)
@@ -91,9 +98,11 @@ def _quantized(
     config: GPTQConfig,
     kernel: str,
     explicit: bool,
+    sortable: bool,
 ) -> Decision:
     rule = config.rule_for(weight.fqn or name, kind)
-    chosen, reason = choose_kernel(weight.packed.spec, kernel, weight.fqn or name)
+    sortable = sortable and weight.packed.order is not None
+    chosen, reason = choose_kernel(weight.packed.spec, kernel, weight.fqn or name, sortable=sortable)
     asked = rule.scheme.fitted(weight.packed.spec.in_features)[0] if rule and rule.scheme else None
     if explicit and asked != weight.scheme:
         differs = f"quantized before; the options ask for {asked or 'dense'}"

@@ -78,10 +78,13 @@ def install(model: nn.Module) -> None:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """Whether it is an expert module of transformers with a gate and nothing behind down, all quantized."""
-    parts = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
+    """Whether it is an expert module of transformers with a gate and nothing behind down, all quantized.
+
+    Experts in act-order keep the grouped form: there each linear has its place for a gather in front.
+    """
+    parts: list[Any] = [module._parameters.get(name) for name in ("gate_up_proj", "down_proj")]
     return (
-        all(isinstance(part, QuantizedParameter) for part in parts)
+        all(isinstance(part, QuantizedParameter) and not part.scheme.desc_act for part in parts)
         and getattr(module, "has_gate", False)
         and not getattr(module, "has_post_expert_norm", False)
     )

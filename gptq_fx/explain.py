@@ -71,7 +71,9 @@ def _report(model: nn.Module, seen: Sequence[tuple[Site, Tensor]], config: GPTQC
         done.add((name, site.kind))
         decision = Decision(None, None, site.refusal)
         if not site.refusal:
-            decision = decide(weight, name, site.kind, config, transposed=site.transposed)
+            decision = decide(
+                weight, name, site.kind, config, transposed=site.transposed, sortable=not site.in_block
+            )
             rules.add(decision.rule)
         report.add(name, site.kind, weight, decision)
     reached = {id(weight) for _, weight in seen}

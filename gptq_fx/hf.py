@@ -11,7 +11,7 @@ import torch
 from gptq_fx.checkpoint import read
 from gptq_fx.checkpoint.files import open_tensors
 from gptq_fx.checkpoint.settings import read_settings
-from gptq_fx.checkpoint.tensors import LEAVES, modules_of
+from gptq_fx.checkpoint.tensors import modules_of
 from gptq_fx.errors import CheckpointError
 from gptq_fx.parameter import QuantizedParameter
 
@@ -91,7 +91,7 @@ def take_places(model: Any, folder: Path, device: torch.device) -> dict[str, Qua
     So transformers neither misses nor fills them: until `put` sets them, these modules have no weight.
     """
     settings, files = read_settings(folder), open_tensors(folder)
-    places, _ = read.plan(model, files, settings, modules_of(files))
+    places, _ = read.plan(model, files, settings, modules_of(files, settings))
     made = {place.target: read.make_parameter(place, files, settings, device) for place in places}
     for target in made:
         owner, _, leaf = target.rpartition(".")
@@ -103,5 +103,5 @@ def take_places(model: Any, folder: Path, device: torch.device) -> dict[str, Qua
         if one in made or other in made:
             del tied[one]
     known = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = known | {rf"\.({'|'.join(LEAVES)})$"}
+    model._keys_to_ignore_on_load_unexpected = known | {rf"\.({'|'.join(settings.leaves)})$"}
     return made

@@ -1,4 +1,4 @@
-"""Perplexity, generation and speed of a causal language model, as the command line shows them."""
+"""Perplexity, generation and speed of a causal language model, for the command line and the examples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,9 +21,10 @@ from gptq_fx.progress import progress
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of greedy generation, in tokens/s and seconds.
+    """Medians of greedy generation, as the caller of `generate` sees it, in tokens/s and seconds.
 
-    compile_seconds: the first call less a later one.
+    prefill: of the prompt, up to the first new token. decode: of the new tokens after the first; NaN if
+    there is none. compile_seconds: the first call less a later one.
     """
 
     prefill: float
@@ -77,19 +79,44 @@ def windows(tokenizer: Any, text: str, count: int, length: int, source: str) -> 
 
 
 @torch.no_grad()
-def perplexity(model: Any, held_out: Sequence[Tensor], *, show: bool = True) -> float:
-    """exp of the mean negative log-likelihood of each token after the first of each window."""
+def perplexity(
+    model: Any, held_out: Sequence[Tensor] | Tensor, *, eager: bool = False, show: bool = True
+) -> float:
+    """exp of the mean negative log-likelihood of each token after the first of each window.
+
+    eager: by `model.forward`, which model.compile leaves as it is: no graph is compiled for the windows.
+    """
+    call = model.forward if eager else model
     total, count = 0.0, 0
-    for ids in progress(held_out, "perplexity", show=show):
+    for ids in progress(list(held_out), "perplexity", show=show):
         ids = ids[None].to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        logits = call(input_ids=ids, use_cache=False).logits[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
         count += ids.shape[1] - 1
     return math.exp(min(total / count, 700.0))
 
 
-def generate(model: Any, ids: Tensor, new_tokens: int, *, exactly: bool = False) -> Tensor:
-    """The new tokens, greedily, by the static cache that compiled models need."""
+class _Stopwatch:
+    """A streamer that notes when `generate` hands over the prompt and then each new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def generate(
+    model: Any, ids: Tensor, new_tokens: int, *, exactly: bool = False, streamer: Any = None
+) -> Tensor:
+    """The new tokens, greedily.
+
+    The static cache gives prefill and decode one graph each; `disable_compile` keeps transformers from
+    compiling decode on its own, so that both go through `model.compile`.
+    """
     tokens: Tensor = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -98,31 +125,40 @@ def generate(model: Any, ids: Tensor, new_tokens: int, *, exactly: bool = False)
         do_sample=False,
         cache_implementation="static",
         disable_compile=True,
+        streamer=streamer,
     )
     return tokens[0, ids.shape[1] :]
 
 
-def speed(model: Any, prompt: int, new_tokens: int, repeats: int, *, show: bool = True) -> Speed:
-    """Time generation of `new_tokens` behind a prompt of `prompt` random tokens."""
-    vocabulary = model.config.get_text_config().vocab_size
+def random_prompt(model: Any, length: int) -> Tensor:
+    """Token ids [1, length]."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (1, prompt), generator=generator).to(model.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(3, vocabulary, (1, length), generator=generator).to(model.device)
 
-    def seconds(tokens: int) -> float:
-        start = time.perf_counter()
-        generate(model, ids, tokens, exactly=True)
-        return time.perf_counter() - start
 
-    cold = seconds(new_tokens)
-    first, whole = [], []
-    for _ in progress(range(repeats), "generate", show=show):
-        first.append(seconds(1))
-        whole.append(seconds(new_tokens))
-    prefill, total = median(first), median(whole)
-    return Speed(
-        prefill=prompt / prefill,
-        decode=(new_tokens - 1) / max(total - prefill, 1e-9),
-        first_token_seconds=prefill,
-        compile_seconds=max(cold - total, 0.0),
+def speed(
+    model: Any, ids: Tensor, new_tokens: int, repeats: int, *, exactly: bool = False, show: bool = True
+) -> tuple[Speed, Tensor]:
+    """Time generation of `new_tokens` (or fewer, if not `exactly`) behind the prompt ids [1, L].
+
+    The first call compiles; medians of the `repeats` calls after it. Also returns the new tokens.
+    """
+
+    def run() -> tuple[Tensor, list[float]]:
+        watch = _Stopwatch()
+        tokens = generate(model, ids, new_tokens, exactly=exactly, streamer=watch)
+        return tokens, watch.times
+
+    tokens, cold = run()
+    runs = [run()[1] for _ in progress(range(repeats), "generate", show=show)]
+    first = median(times[1] - times[0] for times in runs)
+    steps = [b - a for times in runs for a, b in pairwise(times[1:])]
+    found = Speed(
+        prefill=ids.shape[1] / first,
+        decode=1 / median(steps) if steps else math.nan,
+        first_token_seconds=first,
+        compile_seconds=max(cold[-1] - cold[0] - median(times[-1] - times[0] for times in runs), 0.0),
         weight_bytes=int(model.get_memory_footprint()),
     )
+    return found, tokens

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptq_fx.kernels import Kernel, LinearSpec, Tensors, block, get_kernel, grouped
+from gptq_fx.order import gather, gather_grouped, order_of, sort, unsort
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
@@ -23,8 +24,11 @@ _HANDLES = itertools.count(1)
 class PackedWeight:
     """One quantized weight. `lower` changes its layout in place, and drops the one before.
 
-    kernel, spec, tensors: tensors are the pack of `kernel` for `spec`; the kernel `reference` holds the
-        canonical tensors of a QuantizedWeight.
+    kernel, layout, tensors: tensors are the pack of `kernel` for `layout`, which is `spec`, or, where the
+        pack is `sorted`, spec.ordered. The kernel `reference` holds the tensors of a QuantizedWeight.
+    order: of a weight in act-order, its inputs sorted by groups (int64 [*, K]); None where it has no
+        such order, or its groups differ in size.
+    sorted: the inputs of the pack are in that order.
     error: ||W - W_quantized|| / ||W|| when it was quantized, where it was measured.
     merged, start: where the tensors are views of a larger pack that holds the outputs of several
         weights, that pack, and the place of the first output in it.
@@ -36,15 +40,17 @@ class PackedWeight:
 
     def __init__(self, weight: QuantizedWeight, scheme: Scheme, error: float | None) -> None:
         self.kernel = get_kernel("reference")
-        self.spec = LinearSpec(
+        self.spec = self.layout = LinearSpec(
             weight.in_features,
             weight.out_features,
-            scheme,
+            replace(scheme, desc_act=weight.g_idx is not None),  # static groups lie where they lay
             weight.scales.dtype,
             weight.scales.device.type,
             weight.scales.shape[0] if weight.scales.ndim == 3 else None,
         )
         self.tensors = self.kernel.pack_all(weight, self.spec)
+        self.order = None if weight.g_idx is None else order_of(weight)
+        self.sorted = False
         self.error = error
         self.merged: PackedWeight | None = None
         self.start = 0
@@ -81,26 +87,46 @@ class PackedWeight:
 
     def unpacked(self) -> QuantizedWeight:
         """The canonical form; the pack stays."""
-        return self.kernel.unpack_all(self.tensors, self.spec)
+        weight = self.kernel.unpack_all(self.tensors, self.layout)
+        return unsort(weight, self.order) if self.sorted and self.order is not None else weight
 
-    def lower(self, kernel: Kernel) -> None:
-        """Take the layout of `kernel`, if the weight is not in it."""
-        if self.kernel is not kernel:
-            self.tensors = kernel.pack_all(self.unpacked(), self.spec)
-            self.kernel, self.merged, self.start = kernel, None, 0
+    def expert(self, index: int) -> QuantizedWeight:
+        """The canonical form of one expert of a stack; the others are not touched."""
+        one = tuple(None if t is None else t[index : index + 1] for t in self.tensors)
+        weight = self.kernel.unpack_all(one, replace(self.layout, experts=1)).expert(0)
+        return unsort(weight, self.order[index]) if self.sorted and self.order is not None else weight
+
+    def lower(self, kernel: Kernel, sorted: bool | None = None) -> None:
+        """Take the layout of `kernel`, if the weight is not in it; `sorted`, or as the kernel wants it."""
+        if sorted is None:
+            sorted = kernel.sorts(self.spec)
+        if self.kernel is kernel and self.sorted is sorted:
+            return
+        weight, layout = self.unpacked(), self.spec
+        if sorted:
+            assert self.order is not None, "groups of different sizes cannot be sorted"
+            weight, layout = sort(weight, self.order), self.spec.ordered
+        self.tensors = kernel.pack_all(weight, layout)
+        self.kernel, self.layout, self.sorted = kernel, layout, sorted
+        self.merged, self.start = None, 0
 
     def adopt(self, other: PackedWeight) -> None:
         """Take the numbers of `other`, a weight of the same spec."""
         self.kernel, self.tensors, self.error = other.kernel, other.tensors, other.error
+        self.layout, self.order, self.sorted = other.layout, other.order, other.sorted
         self.merged, self.start = None, 0
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [*, K] -> [*, N]."""
-        return self.kernel.call(x, self.call_tensors(), bias, self.spec)
+        if self.sorted and self.order is not None:
+            x = gather(x, self.order)
+        return self.kernel.call(x, self.call_tensors(), bias, self.layout)
 
     def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]."""
-        op, rest = grouped.call(self.kernel, "grouped", self.call_tensors(), ends, self.spec)
+        if self.sorted and self.order is not None:
+            x = gather_grouped(x, self.order, ends)
+        op, rest = grouped.call(self.kernel, "grouped", self.call_tensors(), ends, self.layout)
         return op(x, *rest)  # type: ignore[no-any-return]
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None) -> PackedWeight:
@@ -132,15 +158,18 @@ def run_experts(
     activation: str,
 ) -> Tensor:
     """gptq::experts: x [T, H], ids and weights [T, k] -> [T, H]."""
+    for stack in (gate_up, down):
+        if stack.sorted:  # a block has no place for a gather between its linears
+            stack.lower(get_kernel("reference"))
     op, args = block.call(
         (gate_up.kernel.name, down.kernel.name),
         (
             *(x, ids, weights, list(gate_up.call_tensors()), list(down.call_tensors())),
             *(gate_up_bias, down_bias, activation),
-            *(list(p.kernel.op_args(p.spec)) for p in (gate_up, down)),
+            *(list(p.kernel.op_args(p.layout)) for p in (gate_up, down)),
         ),
-        gate_up.spec,
-        down.spec,
+        gate_up.layout,
+        down.layout,
     )
     return op(*args)  # type: ignore[no-any-return]
 
@@ -162,7 +191,9 @@ def merged_spec(specs: Sequence[LinearSpec]) -> LinearSpec:
 
 
 def merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
-    """One pack with the outputs of all parts, in order; the parts become views of it.
+    """One pack with the outputs of all parts, one behind the other; the parts become views of it.
+
+    Weights in act-order are sorted, and have one order.
 
     Nothing is done where they are that already.
     """
@@ -180,7 +211,11 @@ def merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
 
 
 def _merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
+    order = parts[0].order
+    assert all(part.order is order for part in parts), "one gather for weights of different orders"
     weights = [part.unpacked() for part in parts]
+    if order is not None:
+        weights = [sort(weight, order) for weight in weights]
     zeros = [weight.zeros() for weight in weights]
     joined = QuantizedWeight.from_codes(
         torch.cat([weight.codes() for weight in weights], -1),
@@ -194,6 +229,7 @@ def _merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
     for part in parts:
         stop = start + part.spec.out_features
         part.tensors = kernel.cut(whole.tensors, whole.spec, start, stop)
+        part.layout, part.sorted = part.spec.ordered, order is not None
         part.kernel, part.merged, part.start = kernel, whole, start
         start = stop
     return whole

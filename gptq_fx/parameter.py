@@ -13,6 +13,7 @@ from gptq_fx.errors import DenseUseError
 from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
 from gptq_fx.packed import PackedWeight, run_experts
 from gptq_fx.scheme import Scheme
+from gptq_fx.state import copy_into, packed_of, state_of
 from gptq_fx.weight import QuantizedWeight
 
 aten = torch.ops.aten
@@ -39,8 +40,8 @@ class QuantizedParameter(torch.Tensor):
 
     It is a traceable wrapper subclass whose one inner tensor is a handle, so that graphs and guards do
     not depend on the layout the bytes are in: `packed` may be lowered to a kernel, or merged with its
-    siblings, after a graph was traced. Scheme, shape and dtype are in the flatten metadata, which
-    Dynamo guards: layers of different schemes never share a graph.
+    siblings, after a graph was traced. Scheme, shape, dtype and whether there is an order to sort it by
+    are in the flatten metadata, which Dynamo guards: layers of different schemes never share a graph.
 
     Linear calls on it run the kernel it is packed for. detach, clone, deepcopy, to, t, state_dict,
     load_state_dict, torch.save and torch.load work; any other dense operation raises DenseUseError.
@@ -70,11 +71,11 @@ class QuantizedParameter(torch.Tensor):
             assert packed is not None
             spec = packed.spec
             shape = _flipped(spec.shape) if transposed else spec.shape
-            meta: Any = (spec.scheme, shape, spec.dtype, packed.device)
+            meta: Any = (spec.scheme, shape, spec.dtype, packed.device, packed.order is not None)
             handle = packed.handle
         else:
             handle, meta = fake[0], fake[1]
-        scheme, shape, dtype, device = meta
+        scheme, shape, dtype, device, _ = meta
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         assert isinstance(self, QuantizedParameter)
         self._packed, self.scheme, self.handle = packed, scheme, handle
@@ -171,8 +172,8 @@ class QuantizedParameter(torch.Tensor):
         transposed = self.transposed != flip
         if packed is not None:
             return QuantizedParameter(packed, self.fqn, transposed)
-        scheme, shape, dtype, device = self._flat[1][0]
-        meta = (scheme, _flipped(shape) if flip else shape, dtype, device)
+        scheme, shape, *rest = self._flat[1][0]
+        meta = (scheme, _flipped(shape) if flip else shape, *rest)
         return QuantizedParameter(None, self.fqn, transposed, fake=(self.handle, meta))
 
     @classmethod
@@ -210,7 +211,7 @@ class QuantizedParameter(torch.Tensor):
             if flip is not None and spelling.swaps_two_dims(flip, args[1:], self.ndim):
                 return self._alias(self._packed, flip=True)
             if func is aten.copy_.default:
-                return _copy(args[0], args[1])
+                return copy_into(args[0], args[1], cls)
         found = self if self is not None else next(a for a in _flat(args) if isinstance(a, cls))
         raise DenseUseError(
             f"{found.fqn or 'a weight'}: {func} needs the dense weight, which exists only as "
@@ -226,16 +227,7 @@ class QuantizedParameter(torch.Tensor):
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        weight = self.quantized_weight()
-        state = (self.fqn, self.transposed, self.packed.error, _is_parameter(self))
-        tensors = [None if t is None else _compact(t) for t in weight.tensors]
-        scheme = (
-            self.scheme.bits,
-            self.scheme.group_size,
-            self.scheme.sym,
-            self.scheme.desc_act,
-        )
-        return _rebuild, (weight.in_features, tensors, scheme, state)
+        return _rebuild, state_of(self)
 
 
 def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -277,13 +269,6 @@ def _block(call: spelling.Block) -> Tensor:
     return run_experts(*call._replace(gate_up=packs[0], down=packs[1]))
 
 
-def _compact(tensor: Tensor) -> Tensor:
-    """The tensor without what else its storage holds: a part of a merged pack is a view."""
-    if tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 def _flat(args: Any) -> Any:
     for a in args:
         yield from _flat(a) if isinstance(a, (list, tuple)) else (a,)
@@ -308,34 +293,8 @@ def _rebuild(
 ) -> QuantizedParameter:
     """What torch.load calls."""
     fqn, transposed, error, parameter = state
-    qweight, scales, qzeros, g_idx = tensors
-    assert qweight is not None and scales is not None
-    weight = QuantizedWeight(scheme[0], in_features, qweight, scales, qzeros, g_idx)
-    new = QuantizedParameter(PackedWeight(weight, Scheme(*scheme), error), fqn, transposed)
+    new = QuantizedParameter(packed_of(in_features, tensors, scheme, error), fqn, transposed)
     return as_parameter(new) if parameter else new
-
-
-def _copy(to: Tensor, source: Tensor) -> Tensor:
-    """to.copy_(source), as load_state_dict calls it."""
-    if not isinstance(to, QuantizedParameter):
-        assert isinstance(source, QuantizedParameter)
-        raise DenseUseError(
-            f"{source.fqn}: a quantized weight cannot be copied into a dense parameter. "
-            "Legal: load_state_dict(..., assign=True), or quantize the model first"
-        )
-    if not isinstance(source, QuantizedParameter):
-        raise DenseUseError(
-            f"{to.fqn}: a dense weight cannot be copied into a quantized parameter. "
-            "Legal: load it into the dense model and quantize that"
-        )
-    same = (source.scheme, source.shape, source.transposed) == (to.scheme, to.shape, to.transposed)
-    if not same:
-        raise DenseUseError(
-            f"{to.fqn}: found {source.scheme} {list(source.shape)} in the state dict. "
-            f"Legal here: {to.scheme} {list(to.shape)}"
-        )
-    to.packed.adopt(source.packed.to(to.device, to.dtype))
-    return to
 
 
 torch.serialization.add_safe_globals([_rebuild])

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter
-from gptq_fx.passes.plan import Operand
+from gptq_fx.passes.plan import Operand, Order
 
 
 class Resolver:
-    """operands: in the order in which the graph takes their tensors, each with the positions of its weights.
+    """sources: in the order in which the graph takes their tensors, each with the positions of its weights.
 
     The last answer is kept by weak references: a model that nothing else holds is freed.
     """
 
-    def __init__(self, operands: Sequence[tuple[Operand, tuple[int, ...]]]) -> None:
-        self.operands = operands
-        self.positions = [i for _, positions in operands for i in positions]
+    def __init__(self, sources: Sequence[tuple[Operand | Order, tuple[int, ...]]]) -> None:
+        self.sources = sources
+        self.positions = [i for _, positions in sources for i in positions]
         self.changes = -1
         self.weights: list[weakref.ref[Any]] = []
         self.packs: list[weakref.ref[Tensor]] = []
@@ -45,9 +45,8 @@ class Resolver:
 
     def _look_up(self, args: Sequence[Any], weights: Sequence[Any]) -> list[Tensor]:
         packs: list[Tensor] = []
-        for operand, positions in self.operands:
-            packed = operand.packed([args[i] for i in positions])
-            packs += [t for t in packed.call_tensors() if t is not None]
+        for source, positions in self.sources:
+            packs += source.tensors([args[i] for i in positions])
         # What is made of a dense weight is found again by looking at its numbers, at every call.
         if all(type(w) is QuantizedParameter for w in weights):
             self.changes = PackedWeight.changes

@@ -221,4 +221,6 @@ def dequantize(
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
     """table [*, G, N], index [*, K] -> [*, K, N]."""
+    if index.ndim == 1:
+        return table.index_select(-2, index)  # copies whole rows
     return torch.take_along_dim(table, index.long().unsqueeze(-1), -2)

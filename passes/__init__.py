@@ -4,6 +4,7 @@
     match     which weights are linears, and what the others are
     choose    scheme and kernel of each, by the rules
     swap      linear -> gptq::linear
+    reorder   act-order: g_idx of each weight -> one gather for each input
     fuse      gptq::linear x n on one input -> one
     attention attention on repeated keys and values -> on the keys and values
     lower     gptq::linear -> the op of the chosen kernel, on packed weights
@@ -26,12 +27,13 @@ from gptq_fx.passes.fuse import fuse
 from gptq_fx.passes.lower import lower
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Plan
+from gptq_fx.passes.reorder import reorder
 from gptq_fx.passes.swap import swap
 from gptq_fx.passes.verify import verify
 
 Pass = Callable[[fx.GraphModule, Plan], int]
 
-PIPELINE: tuple[Pass, ...] = (match, choose, swap, fuse, attention, lower)
+PIPELINE: tuple[Pass, ...] = (match, choose, swap, reorder, fuse, attention, lower)
 
 OPTIONAL: tuple[Pass, ...] = (fuse, attention)
 

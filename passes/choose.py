@@ -22,5 +22,6 @@ def choose(gm: fx.GraphModule, plan: Plan) -> int:
             kernel=plan.kernel,
             transposed=site.transposed,
             explicit=plan.explicit,
+            sortable=not site.in_block,
         )
     return sum(site.decision is not None and site.decision.scheme is not None for site in plan.sites)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from gptq_fx import ops
-from gptq_fx.kernels import LinearSpec, get_kernel
+from gptq_fx.kernels import get_kernel
 from gptq_fx.packed import can_merge, merged_spec
 from gptq_fx.passes.plan import Operand, Plan
 from gptq_fx.passes.swap import canonical_examples
@@ -28,7 +28,7 @@ def fuse(gm: fx.GraphModule, plan: Plan) -> int:
             continue
         (site,) = operand.sites
         assert site.decision is not None
-        spec = replace(_spec(operand, plan), out_features=0)
+        spec = replace(plan.specs(operand)[0], out_features=0)
         # What is written in place between two of them might be their input, or a view of it.
         same = (operand.node.args[0], spec, site.decision.kernel, writes[operand.node])
         groups.setdefault(same, []).append(operand)
@@ -39,22 +39,17 @@ def fuse(gm: fx.GraphModule, plan: Plan) -> int:
     return len(fused)
 
 
-def _spec(operand: Operand, plan: Plan) -> LinearSpec:
-    (site,) = operand.sites
-    return site.quantized(plan.tensor(site.weight)).spec
-
-
 def _mergeable(group: list[Operand], plan: Plan) -> bool:
     decision = group[0].sites[0].decision
     assert decision is not None and decision.kernel is not None
     distinct = {operand.sites[0].weight for operand in group}
-    specs = [_spec(operand, plan) for operand in group]
+    specs = [plan.specs(operand)[0] for operand in group]
     return 1 < len(group) == len(distinct) and can_merge(specs, decision.kernel)
 
 
 def _fuse(gm: fx.GraphModule, plan: Plan, group: list[Operand]) -> Operand:
     sites = tuple(operand.sites[0] for operand in group)
-    specs = [_spec(operand, plan) for operand in group]
+    specs = [plan.specs(operand)[0] for operand in group]
     spec = merged_spec(specs)
     x, bits = group[0].node.args[0], spec.scheme.bits
     stem = "_".join(operand.inputs[0].name for operand in group if operand.inputs[0])
@@ -74,4 +69,4 @@ def _fuse(gm: fx.GraphModule, plan: Plan, group: list[Operand]) -> Operand:
         gm.graph.erase_node(operand.node)
         plan.remove_inputs(gm, operand)
         site.node = whole
-    return Operand(sites, whole, get_kernel("reference"), inputs)
+    return Operand(sites, whole, get_kernel("reference"), inputs, group[0].sorted)

@@ -38,8 +38,7 @@ def _prepare(plan: Plan) -> None:
     for operand in plan.operands:
         decision = operand.sites[0].decision
         assert decision is not None and decision.kernel is not None
-        weights = [site.quantized(plan.tensor(site.weight)).spec for site in operand.sites]
-        specs.setdefault(decision.kernel.name, []).append(merged_spec(weights))
+        specs.setdefault(decision.kernel.name, []).append(merged_spec(plan.specs(operand)))
     for name, wanted in specs.items():
         get_kernel(name).prepare(wanted)
 
@@ -49,7 +48,7 @@ def _lower(gm: fx.GraphModule, plan: Plan, operand: Operand) -> LinearSpec:
     assert decision is not None and decision.kernel is not None
     kernel = operand.kernel = decision.kernel
     packed = operand.packed([plan.tensor(site.weight) for site in operand.sites])
-    spec, node = packed.spec, operand.node
+    spec, node = packed.layout, operand.node
     stem = next(n.name for n in operand.inputs if n is not None)
     inputs = plan.add_inputs(gm, f"{kernel.name}_{stem}", packed.call_tensors())
     call = operand.sites[0].experts

@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision
-from gptq_fx.kernels import Kernel
+from gptq_fx.errors import SchemeMismatchError
+from gptq_fx.kernels import Kernel, LinearSpec
 from gptq_fx.lazy import quantized
+from gptq_fx.names import full_path
 from gptq_fx.packed import PackedWeight, merge
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Scheme
@@ -56,6 +58,11 @@ class Site:
     decision: Decision | None = None
 
     @property
+    def in_block(self) -> bool:
+        """Whether it is one stack of a whole block of experts, between whose linears nothing has a place."""
+        return self.experts is not None and self.experts.form in ("gate_up", "down")
+
+    @property
     def scheme(self) -> Scheme | None:
         return self.decision.scheme if self.decision else None
 
@@ -72,7 +79,7 @@ class Operand:
     """A packed weight that the graph takes as extra inputs, resolved anew at every call.
 
     sites: whose weights it holds, merged along N in this order.
-    node: the call that uses it. kernel: the layout of the inputs.
+    node: the call that uses it. kernel: the layout of the inputs; sorted: by groups (see `reorder`).
     inputs: placeholders, one for each tensor of the pack, None where the pack has None.
     """
 
@@ -80,6 +87,7 @@ class Operand:
     node: fx.Node
     kernel: Kernel
     inputs: tuple[fx.Node | None, ...]
+    sorted: bool = False
 
     @property
     def taken(self) -> list[fx.Node]:
@@ -96,9 +104,39 @@ class Operand:
         if len(weights) > 1:
             return merge([s.quantized(w) for s, w in zip(self.sites, weights, strict=True)], self.kernel)
         part = self.sites[0].quantized(weights[0])
-        if part.kernel is not self.kernel:
-            part.lower(self.kernel)
+        if part.kernel is not self.kernel or part.sorted is not self.sorted:
+            part.lower(self.kernel, self.sorted)
         return part
+
+    def tensors(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What the graph takes for its inputs."""
+        return [t for t in self.packed(weights).call_tensors() if t is not None]
+
+
+@dataclass(eq=False)
+class Order:
+    """An order of inputs that the graph takes as an extra input, resolved anew at every call.
+
+    sites: whose weights are sorted so.
+    """
+
+    inputs: tuple[fx.Node, ...]
+    sites: list[Site] = field(default_factory=list)
+
+    def tensors(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The order of these weights. Raises SchemeMismatchError if they have several."""
+        orders = [s.quantized(w).order for s, w in zip(self.sites, weights, strict=True)]
+        first = orders[0]
+        for other, weight, site in zip(orders, weights, self.sites, strict=True):
+            if other is not first:
+                names = [full_path(w, s.name) for w, s in ((weights[0], self.sites[0]), (weight, site))]
+                raise SchemeMismatchError(
+                    f"{names[0]} and {names[1]} differ in their act-order, but share a compiled graph with "
+                    "weights that agree in it. Legal: one torch.compile for the whole model, or "
+                    "options={'kernel': 'reference'}"
+                )
+        assert first is not None
+        return [first]
 
 
 @dataclass
@@ -118,6 +156,7 @@ class Plan:
     explicit: bool = False
     sites: list[Site] = field(default_factory=list)
     operands: list[Operand] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._last_input = next(reversed(self.values), None)
@@ -156,11 +195,26 @@ class Plan:
             return tensor
         return self.fake_mode.from_tensor(tensor, static_shapes=True)
 
+    def specs(self, operand: Operand) -> list[LinearSpec]:
+        """Of the weights of an operand, as they are packed."""
+        found = [site.quantized(self.tensor(site.weight)).spec for site in operand.sites]
+        return [spec.ordered for spec in found] if operand.sorted else found
+
+    def add_order(self, gm: fx.GraphModule, order: Tensor) -> Order:
+        (node,) = self.add_inputs(gm, f"order_{len(self.orders)}", [order])
+        assert node is not None
+        self.orders.append(Order((node,)))
+        return self.orders[-1]
+
     def remove_inputs(self, gm: fx.GraphModule, operand: Operand) -> None:
         """Erase the placeholders of an operand that nothing uses any more."""
         for node in operand.inputs:
             if node is not None:
-                if node is self._last_input:
-                    self._last_input = node.prev
-                gm.graph.erase_node(node)
+                self.remove_input(gm, node)
         operand.inputs = ()
+
+    def remove_input(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        """Erase a placeholder that nothing uses any more."""
+        if node is self._last_input:
+            self._last_input = node.prev
+        gm.graph.erase_node(node)

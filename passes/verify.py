@@ -12,6 +12,7 @@ def verify(gm: fx.GraphModule, plan: Plan) -> None:
     gm.graph.lint()
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     added = [node for operand in plan.operands for node in operand.inputs if node is not None]
+    added += [node for order in plan.orders for node in order.inputs]
     assert set(placeholders) == {*plan.values, *added}, "inputs that belong to nobody"
     assert placeholders[: len(plan.values)] == list(plan.values), "the tracer's inputs moved"
     for operand in plan.operands:

@@ -34,6 +34,9 @@ class Stage:
             weights = [self.plan.tensor(site.weight) for site in operand.sites]
             tensors = operand.packed(weights).call_tensors()
             values.update({n: t for n, t in zip(operand.inputs, tensors, strict=True) if n is not None})
+        for order in self.plan.orders:
+            weights = [self.plan.tensor(site.weight) for site in order.sites]
+            values.update(zip(order.inputs, order.tensors(weights), strict=True))
         self.graph.recompile()
         with torch.no_grad():
             return self.graph(*(values[n] for n in self.graph.graph.nodes if n.op == "placeholder"))[0]

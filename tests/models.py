@@ -12,6 +12,11 @@ import transformers
 from torch import Tensor, nn
 
 import gptq_fx
+from gptq_fx.grid import round_to_nearest
+from gptq_fx.packed import PackedWeight
+from gptq_fx.parameter import as_parameter
+from gptq_fx.scheme import Scheme
+from gptq_fx.weight import QuantizedWeight
 
 VOCABULARY = 96
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -276,14 +281,46 @@ def quantized(
     return twin, gptq_fx.quantize(twin, config or gptq_fx.GPTQConfig(**settings), progress=False)
 
 
-def dequantized(
+def act_ordered(
     model: nn.Module,
-    config: gptq_fx.GPTQConfig | None = None,
-    dtype: torch.dtype | None = None,
-    **settings: Any,
+    seeds: dict[str, int] | None = None,
+    bits: int = 4,
+    group_size: int = 32,
+    sym: bool = True,
 ) -> nn.Module:
+    """A copy with every matrix in act-order: rounded in groups of random inputs.
+
+    seeds: weights of one seed and one width have one order; by the last name of their path, else 0.
+    """
+    twin = copy.deepcopy(model)
+    for name, dense in list(twin.named_parameters()):
+        if dense.ndim < 2:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        seed = (seeds or {}).get(owner.rpartition(".")[2] if leaf == "weight" else leaf, 0)
+        parts = [
+            _act_ordered(matrix, Scheme(bits, group_size, sym), 100 * seed + e)
+            for e, matrix in enumerate(dense if dense.ndim == 3 else dense[None])
+        ]
+        weight = QuantizedWeight.stack(parts) if dense.ndim == 3 else parts[0]
+        packed = PackedWeight(weight, Scheme(bits, group_size, sym, True), None)
+        setattr(twin.get_submodule(owner), leaf, as_parameter(gptq_fx.QuantizedParameter(packed, name)))
+    return twin
+
+
+def _act_ordered(dense: Tensor, scheme: Scheme, seed: int) -> QuantizedWeight:
+    K = dense.shape[1]
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(seed))
+    rounded = round_to_nearest(dense[:, order], scheme)
+    codes, g_idx = torch.empty_like(rounded.codes()), torch.empty(K, dtype=torch.int32)
+    codes[order] = rounded.codes()
+    g_idx[order] = (torch.arange(K) // scheme.group_size).to(torch.int32)
+    return QuantizedWeight.from_codes(codes, rounded.scales, rounded.zeros(), scheme.bits, g_idx)
+
+
+def dense_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A dense copy in `dtype` that computes with the numbers of the quantized weights."""
-    twin, _ = quantized(model, config, **settings)
+    twin = copy.deepcopy(model)
     for name, weight in list(twin.named_parameters(remove_duplicate=False)):
         if isinstance(weight, gptq_fx.QuantizedParameter):
             dense = weight.quantized_weight().dequantize(dtype)
@@ -291,6 +328,16 @@ def dequantized(
             owner, _, leaf = name.rpartition(".")
             setattr(twin.get_submodule(owner), leaf, nn.Parameter(dense.contiguous(), requires_grad=False))
     return twin.to(dtype)
+
+
+def dequantized(
+    model: nn.Module,
+    config: gptq_fx.GPTQConfig | None = None,
+    dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> nn.Module:
+    """A dense copy in `dtype` that computes with the numbers of the quantized weights."""
+    return dense_twin(quantized(model, config, **settings)[0], dtype)
 
 
 def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import EXPERTS, HEADS, MODELS, decoder_text, ids, linears, llama, logits, output, quantized
+from models import (
+    EXPERTS,
+    HEADS,
+    MODELS,
+    act_ordered,
+    decoder_text,
+    ids,
+    linears,
+    llama,
+    logits,
+    output,
+    quantized,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,8 +32,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gptq_fx
 from gptq_fx import CheckpointError, GPTQConfig, QuantizedParameter, Scheme
 from gptq_fx.checkpoint import describe, write
+from gptq_fx.checkpoint.names import Part
 from gptq_fx.checkpoint.readers import Stored, readers
+from gptq_fx.kernels import get_kernel
+from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import BITS
+from gptq_fx.weight import QuantizedWeight
 
 
 def packed(model: nn.Module) -> dict[str, QuantizedParameter]:
@@ -87,6 +104,41 @@ def test_experts_come_back(name: str, sym: bool, tmp_path: Path) -> None:
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert PER_EXPERT[name] in file.keys()  # noqa: SIM118
     assert any(isinstance(p, QuantizedParameter) and p.ndim == 3 for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("layout", ["reference", "cpu_int4"])
+def test_saving_unpacks_one_expert_at_a_time(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = EXPERTS["qwen3_moe"].build(torch.bfloat16, moe_intermediate_size=64)
+    experts = act_ordered(whole.model.layers[0].mlp.experts)
+    gptq_fx.quantize(whole, GPTQConfig(group_size=32), progress=False)
+    whole.model.layers[0].mlp.experts = experts
+    stacks = {n: p for n, p in packed(whole).items() if p.ndim == 3}
+    before = {n: p.quantized_weight() for n, p in stacks.items()}
+    for parameter in stacks.values():
+        parameter.packed.lower(get_kernel(layout))
+    unpacked, part, alive, most = PackedWeight.unpacked, Part.weight, weakref.WeakSet(), []
+
+    def watched(self: Part) -> QuantizedWeight:
+        weight = part(self)
+        alive.add(weight)
+        most.append(len(alive))
+        return weight
+
+    def unpack(self: PackedWeight) -> QuantizedWeight:
+        assert self.spec.experts is None, "a whole stack was unpacked"
+        return unpacked(self)
+
+    monkeypatch.setattr(Part, "weight", watched)
+    monkeypatch.setattr(PackedWeight, "unpacked", unpack)
+    gptq_fx.save_pretrained(whole, tmp_path / "out")
+    assert max(most) == 1
+    monkeypatch.undo()
+    loaded = packed(gptq_fx.from_pretrained(tmp_path / "out"))
+    for name, wanted in before.items():
+        for a, b in zip(wanted.tensors, loaded[name].quantized_weight().tensors, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b), name
 
 
 def test_each_expert_of_the_files_is_its_own(tmp_path: Path) -> None:
@@ -484,3 +536,15 @@ def test_readers() -> None:
     alone = {"a.up_proj": Stored(Scheme(4), 128, 128, "torch.float16")}
     assert not readers(alone)[1].reasons
     assert "a: gate_proj, up_proj differ" in readers(alone, ["a.gate_proj"])[1].reasons[0]
+
+
+def test_readers_of_experts() -> None:
+    def found(name: str) -> dict[str, str]:
+        stored = {name: Stored(Scheme(4, 128), 128, 128, "torch.float16")}
+        return {reader.name.split()[0]: "; ".join(reader.reasons) for reader in readers(stored)}
+
+    qwen = found("model.layers.0.mlp.experts.0.up_proj")
+    assert not qwen["GPTQModel"] and not qwen["vLLM"] and "random numbers" in qwen["transformers"]
+    mixtral = found("model.layers.0.block_sparse_moe.experts.0.w1")
+    assert "gate_proj" in mixtral["GPTQModel"] and not mixtral["vLLM"]
+    assert not any(found("model.layers.0.mlp.up_proj").values())

@@ -229,7 +229,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another group size": (SYM, setting(group_size=64), r"scales: found shape \[4, .*Legal"),
     "sym in words": (SYM, setting(sym="yes"), "config.json: sym='yes'"),
     "unknown format": (SYM, setting(checkpoint_format="gptq_v3"), "checkpoint_format: found 'gptq_v3'"),
-    "Marlin's layout": (SYM, setting(checkpoint_format="marlin"), "Marlin"),
+    "Marlin's layout": (SYM, setting(checkpoint_format="marlin"), "but config.json says 'marlin'"),
     "another pack_dtype": (SYM, setting(pack_dtype="int8"), "pack_dtype: found 'int8'"),
     "lm_head in words": (SYM, setting(lm_head="no"), "lm_head: found 'no'"),
     "sym that is a lie": (ASYM, setting(sym=True), r"qzeros: sym is true, but"),

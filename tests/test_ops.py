@@ -9,6 +9,7 @@ from gptq_fx.experts import quantized_experts
 from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
 from gptq_fx.kernels import LinearSpec, block, grouped, kernels
 from gptq_fx.ops import linear
+from gptq_fx.order import gather_grouped, gather_indexed
 from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import BITS
 
@@ -98,6 +99,11 @@ def _many_rows_samples():
         yield x, args[1], args[2], x.new_empty(x.shape[0], args[1].shape[0])
 
 
+def _gather_samples(which):
+    order = torch.stack([torch.randperm(K) for _ in range(3)])
+    yield torch.randn(5, K), order, torch.tensor(which)
+
+
 def _cpu_stack(shape):
     kernel = next(k for k in kernels() if k.name == "cpu_int4")
     spec = LinearSpec(shape[2], shape[1], Scheme(4, 32), torch.bfloat16, "cpu", shape[0])
@@ -178,6 +184,8 @@ SAMPLES = {
     "gptq::handle_experts": (handle_experts, _handle_experts_samples),
     "gptq::grouped_linear": (grouped.grouped_linear, _grouped_samples),
     "gptq::indexed_linear": (grouped.indexed_linear, _indexed_samples),
+    "gptq::gather_grouped": (gather_grouped, lambda: _gather_samples([2, 2, 4])),
+    "gptq::gather_indexed": (gather_indexed, lambda: _gather_samples([2, 0, 1, 1, 2])),
     "gptq::cpu_int4_many_rows": (torch.ops.gptq.cpu_int4_many_rows.default, _many_rows_samples),
 }
 OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("gptq::"))

@@ -13,8 +13,9 @@ from gptq_fx.checkpoint.files import DTYPES, TensorFiles, open_tensors
 from gptq_fx.checkpoint.read import check_names
 from gptq_fx.checkpoint.readers import Reader, Stored, readers
 from gptq_fx.checkpoint.settings import CheckpointSettings, read_settings
-from gptq_fx.checkpoint.tensors import LEAVES, modules_of, read_module
+from gptq_fx.checkpoint.tensors import modules_of, read_module
 from gptq_fx.errors import CheckpointError
+from gptq_fx.kernels.marlin import layout
 from gptq_fx.scheme import Scheme
 
 T = TypeVar("T")
@@ -64,20 +65,21 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     problems: list[str] = []
     modules = [
         found
-        for name in modules_of(files)
+        for name in modules_of(files, settings)
         if (found := _try(problems, lambda name=name: _module(files, settings, name))) is not None  # type: ignore[misc]
     ]
     _try(problems, lambda: check_names(folder, files, settings))
-    quantized = {f"{name}.{leaf}" for name in modules_of(files) for leaf in LEAVES}
+    quantized = {f"{name}.{leaf}" for name in modules_of(files, settings) for leaf in settings.leaves}
     dense = sum(_nbytes(files, name) for name in files.entries if name not in quantized)
+    scales = settings.leaves[1]
     stored = {
         m.name: Stored(
-            m.scheme, m.in_features, m.out_features, str(DTYPES[files.entries[f"{m.name}.scales"].dtype])
+            m.scheme, m.in_features, m.out_features, str(DTYPES[files.entries[f"{m.name}.{scales}"].dtype])
         )
         for m in modules
     }
     others = [name.removesuffix(".weight") for name in files.entries if name.endswith(".weight")]
-    who = readers(stored, others, mixed=bool(settings.overrides))
+    who = readers(stored, others, mixed=bool(settings.overrides), marlin=settings.format == "marlin")
     unique = tuple(dict.fromkeys(problems))
     return Inspection(str(folder), dict(settings.raw), tuple(modules), dense, files.nbytes, who, unique)
 
@@ -92,14 +94,18 @@ def _try(problems: list[str], step: Callable[[], T]) -> T | None:
 
 def _module(files: TensorFiles, settings: CheckpointSettings, name: str) -> Module:
     scheme = settings.scheme_for(name) or settings.scheme
-    qweight, scales = (files.entries.get(f"{name}.{leaf}") for leaf in ("qweight", "scales"))
-    if qweight is None or scales is None or len(qweight.shape) != 2 or len(scales.shape) != 2:
-        raise CheckpointError(f"{files.folder.name}: {name}: no qweight and scales of two dimensions")
+    codes, scales = (files.entries.get(f"{name}.{leaf}") for leaf in settings.leaves[:2])
+    if codes is None or scales is None or len(codes.shape) != 2 or len(scales.shape) != 2:
+        what = " and ".join(settings.leaves[:2])
+        raise CheckpointError(f"{files.folder.name}: {name}: no {what} of two dimensions")
     g_idx = files.entries.get(f"{name}.g_idx")
-    K = g_idx.shape[0] if g_idx and len(g_idx.shape) == 1 else qweight.shape[0] * 32 // scheme.bits
+    if settings.format == "marlin":
+        K = codes.shape[0] * layout.TILE_K
+    else:
+        K = g_idx.shape[0] if g_idx and len(g_idx.shape) == 1 else codes.shape[0] * 32 // scheme.bits
     N = scales.shape[1]
     _, found = read_module(files, settings, name, K, N)
-    nbytes = sum(_nbytes(files, f"{name}.{leaf}") for leaf in LEAVES)
+    nbytes = sum(_nbytes(files, f"{name}.{leaf}") for leaf in settings.leaves)
     return Module(name, found, K, N, nbytes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,37 @@ from torch import Tensor, nn
 from gptq_fx.checkpoint import skeleton
 from gptq_fx.checkpoint.tensors import rows_of
 from gptq_fx.errors import CheckpointError
-from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.scheme import Scheme
+from gptq_fx.weight import QuantizedWeight
 
 
-def named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, QuantizedParameter]]:
+@dataclass(frozen=True)
+class Part:
+    """A quantized module of a checkpoint: a parameter, or some rows of one expert of it, from `start` on."""
+
+    parameter: QuantizedParameter
+    out_features: int
+    expert: int | None = None
+    start: int = 0
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.parameter.scheme
+
+    @property
+    def in_features(self) -> int:
+        return self.parameter.packed.spec.in_features
+
+    def weight(self) -> QuantizedWeight:
+        """The numbers in canonical form, unpacked now: those of a model are too many to hold at once."""
+        if self.expert is None:
+            return self.parameter.quantized_weight()
+        whole = self.parameter.packed.expert(self.expert)
+        return rows_of(whole, self.start, self.start + self.out_features)
+
+
+def named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Part]]:
     """Dense tensors, and quantized parameters by module, both under the names of checkpoints."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = model.state_dict(keep_vars=True)
@@ -34,10 +61,11 @@ def named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, QuantizedParam
         elif tensor.is_meta:
             raise CheckpointError(f"{name}: is on the meta device, without numbers to save")
     dense: dict[str, Tensor] = {}
-    quantized: dict[str, QuantizedParameter] = {}
+    quantized: dict[str, Part] = {}
     for name, tensor in skeleton.checkpoint_names(model, shown).items():
         if id(tensor) in stand_ins:
-            quantized[name.removesuffix(".weight")] = stand_ins.pop(id(tensor))[1]
+            parameter = stand_ins.pop(id(tensor))[1]
+            quantized[name.removesuffix(".weight")] = Part(parameter, parameter.packed.spec.out_features)
         elif tensor.is_meta:
             raise CheckpointError(f"{name}: stored in parts, which is not in this version for quantized ones")
         else:
@@ -46,29 +74,18 @@ def named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, QuantizedParam
         name, _ = next(iter(stand_ins.values()))
         raise CheckpointError(f"{name}: stored in parts, which is not in this version for quantized ones")
     for name, stack in stacks.items():
-        quantized |= _experts(model, name, stack)
+        spec = stack.packed.spec
+        assert spec.experts is not None
+        cut = skeleton.parts(model, name, spec.experts, spec.out_features, stack.transposed)
+        quantized |= {m: Part(stack, stop - start, e, start) for m, (e, start, stop) in cut.items()}
     return dense, quantized
 
 
-def _experts(model: nn.Module, name: str, stack: QuantizedParameter) -> dict[str, QuantizedParameter]:
-    """The matrices that checkpoints keep a stack of experts in."""
-    spec, weight = stack.packed.spec, stack.quantized_weight()
-    assert spec.experts is not None
-    cut = skeleton.parts(model, name, spec.experts, spec.out_features, stack.transposed)
-    made = {}
-    for module, (expert, start, stop) in cut.items():
-        part = rows_of(weight.expert(expert), start, stop)
-        made[module] = QuantizedParameter(PackedWeight(part, stack.scheme, None), module)
-    return made
-
-
-def heads_of(
-    model: Any, dense: Mapping[str, Tensor], quantized: Mapping[str, QuantizedParameter]
-) -> set[str]:
+def heads_of(model: Any, dense: Mapping[str, Tensor], quantized: Mapping[str, Part]) -> set[str]:
     """The names of the output projection."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
-    names = {n for n, p in quantized.items() if p is weight}
+    names = {n for n, p in quantized.items() if p.parameter is weight}
     names |= {n for n in (*dense, *quantized) if n.rpartition(".")[2] in ("lm_head", "embed_out")}
     if isinstance(weight, Tensor) and not isinstance(weight, QuantizedParameter):
         place = weight.data_ptr()
@@ -94,5 +111,7 @@ def dense_linears(model: nn.Module, dense: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def is_conv1d(model: nn.Module, parameter: QuantizedParameter) -> bool:
-    return any(skeleton.is_conv1d(m) and m.weight is parameter for m in model.modules())
+def is_bare(model: nn.Module, part: Part) -> bool:
+    """Whether it is a matrix [K, N] that belongs to no module which tells that it lies so."""
+    held = (m.weight for m in model.modules() if skeleton.is_conv1d(m))
+    return part.expert is None and part.parameter.transposed and all(part.parameter is not w for w in held)

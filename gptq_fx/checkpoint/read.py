@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,14 @@ import torch
 from gptq_fx.checkpoint import skeleton
 from gptq_fx.checkpoint.files import DTYPES, TensorFiles, open_tensors
 from gptq_fx.checkpoint.settings import CheckpointSettings, read_settings
-from gptq_fx.checkpoint.tensors import LEAVES, joined, modules_of, read_module
+from gptq_fx.checkpoint.stacks import Place, read_stack
+from gptq_fx.checkpoint.tensors import modules_of, read_module
 from gptq_fx.errors import CheckpointError
 from gptq_fx.experts import install
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter, as_parameter
-from gptq_fx.scheme import Scheme
-from gptq_fx.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where quantized modules of a checkpoint go.
-
-    target: path of the parameter. modules: the modules of the checkpoint it is made of; several make a
-        stack of experts. transposed: the parameter has the logical shape [K, N].
-    parts: of a stack, what each module holds: (expert, first row, last row + 1).
-    """
-
-    target: str
-    modules: tuple[str, ...]
-    transposed: bool
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    parts: tuple[tuple[int, int, int], ...] = ()
-
-    @property
-    def in_features(self) -> int:
-        return self.shape[-2 if self.transposed else -1]
-
-    @property
-    def out_features(self) -> int:
-        return self.shape[-1 if self.transposed else -2]
 
 
 def from_pretrained(
@@ -57,8 +30,9 @@ def from_pretrained(
 ) -> Any:
     """Load a GPTQ checkpoint: a model of transformers with QuantizedParameters, in eval mode.
 
-    path: a folder, or the id of a repository on the Hub. Read are "gptq" (v1), "gptq_v2" and AutoRound's
-        "auto_round:auto_gptq", 2, 3, 4 and 8 bits, as safetensors.
+    path: a folder, or the id of a repository on the Hub. Read are "gptq" (v1), "gptq_v2", "marlin" (files
+        that AutoGPTQ wrote for that kernel) and AutoRound's "auto_round:auto_gptq", 2, 3, 4 and 8 bits, as
+        safetensors.
     device: where the weights go; None leaves them on the CPU, mapped from the files.
     dtype: of activations, scales and dense weights; None takes that of config.json, or of the scales.
 
@@ -69,9 +43,12 @@ def from_pretrained(
     folder = skeleton.local_folder(path)
     settings = read_settings(folder)
     files = open_tensors(folder)
-    modules = modules_of(files)
+    modules = modules_of(files, settings)
     if not modules:
-        raise CheckpointError(f"{folder}: {settings.file} names GPTQ, but no tensor is quantized")
+        legal = ", ".join(f"*.{leaf}" for leaf in settings.leaves)
+        raise CheckpointError(
+            f"{folder}: no tensor is quantized, but {settings.file} says {settings.format!r}. Legal: {legal}"
+        )
     model, places, dense = _plan(folder, files, settings, modules, dtype)
     chosen = model.config.dtype
     where = torch.device(device or "cpu")
@@ -89,7 +66,7 @@ def from_pretrained(
 
 def check_names(folder: Path, files: TensorFiles, settings: CheckpointSettings) -> None:
     """Raise CheckpointError where names or shapes are not those of the model of config.json."""
-    model, places, dense = _plan(folder, files, settings, modules_of(files), None)
+    model, places, dense = _plan(folder, files, settings, modules_of(files, settings), None)
     names = skeleton.Names(model)
     found = {names.find(name)[0] for name in dense} | {place.target for place in places}
     skeleton.check_complete(model, {n for n in names.state if n not in found}, files)
@@ -118,7 +95,7 @@ def plan(
     """Where the quantized modules go in a model without weights, and the names of the dense tensors."""
     names = skeleton.Names(model)
     places = _places(model, names, files, settings, modules)
-    quantized = {f"{module}.{leaf}" for module in modules for leaf in LEAVES}
+    quantized = {f"{module}.{leaf}" for module in modules for leaf in settings.leaves}
     dense = _dense(model, names, files, [n for n in files.entries if n not in quantized], places)
     return places, dense
 
@@ -143,11 +120,12 @@ def _places(
     settings: CheckpointSettings,
     modules: Sequence[str],
 ) -> list[Place]:
-    """One place for each quantized module; several modules that make one parameter would meet here."""
+    """One place for each parameter that quantized modules make."""
     places: dict[str, Place] = {}
+    stacks: dict[str, list[str]] = {}
     ignored = skeleton.ignored_unexpected(model)
     for module in modules:
-        example = next(f"{module}.{leaf}" for leaf in LEAVES if f"{module}.{leaf}" in files.entries)
+        example = next(n for leaf in settings.leaves if (n := f"{module}.{leaf}") in files.entries)
         target, part = names.find(f"{module}.weight")
         if target not in names.state:
             bare, bare_part = names.find(module)
@@ -157,21 +135,25 @@ def _places(
                 continue
             raise files.error(example, f"the model has no {target} (config.json: {type(model).__name__})")
         if part and names.state[target].ndim == 3:
-            if target not in places:
-                places[target] = _stack(model, names, files, modules, target)
-            if module not in places[target].modules:
-                raise files.error(example, f"is no part of {target}, to which transformers gives it")
+            stacks.setdefault(target, []).append(module)
             continue
         if part:
             raise files.error(example, f"is one of several that make {target}, which is not in this version")
         if target in places:
             raise files.error(example, f"{target} is made of {places[target].modules[0]} already")
         places[target] = _place(model, names, files, settings, module, target)
+    for target, members in stacks.items():
+        places[target] = _stack(model, names, files, settings, members, target)
     return list(places.values())
 
 
 def _stack(
-    model: Any, names: skeleton.Names, files: TensorFiles, modules: Sequence[str], target: str
+    model: Any,
+    names: skeleton.Names,
+    files: TensorFiles,
+    settings: CheckpointSettings,
+    modules: Sequence[str],
+    target: str,
 ) -> Place:
     """The place of the experts of one stack, which must all be there."""
     weight = names.state[target]
@@ -179,12 +161,29 @@ def _stack(
     transposed = bool(getattr(holder, "is_transposed", False))
     rows = weight.shape[-1 if transposed else -2]
     cut = skeleton.parts(model, target, weight.shape[0], rows, transposed)
-    missing = sorted(cut.keys() - set(modules))
+    expected = {_role(name): name for name in cut}
+    found: dict[tuple[str, str], str] = {}
+    for module in modules:
+        role, tensor = _role(module), f"{module}.{settings.leaves[0]}"
+        if role not in expected:
+            raise files.error(tensor, f"is no part of {target}, to which transformers gives it")
+        if role in found:
+            raise files.error(tensor, f"is what {found[role]} is in {target}")
+        found[role] = module
+    missing = sorted(name for role, name in expected.items() if role not in found)
     if missing:
         raise CheckpointError(
-            f"{files.folder.name}: {missing[0]}.qweight: missing; {target} is made of {len(cut)} modules"
+            f"{files.folder.name}: {missing[0]}.{settings.leaves[0]}: missing; "
+            f"{target} is made of {len(cut)} modules"
         )
-    return Place(target, tuple(cut), transposed, tuple(weight.shape), weight.dtype, tuple(cut.values()))
+    ordered = tuple(found[role] for role in expected)
+    return Place(target, ordered, transposed, tuple(weight.shape), weight.dtype, tuple(cut.values()))
+
+
+def _role(module: str) -> tuple[str, str]:
+    """(expert, which of its matrices) of a module, in either of the two spellings."""
+    holder, _, leaf = module.rpartition(".")
+    return holder.rpartition(".")[2], skeleton.SPELLINGS.get(leaf, leaf)
 
 
 def _place(
@@ -250,32 +249,12 @@ def make_parameter(
 ) -> QuantizedParameter:
     """The one parameter that the modules of a place make."""
     if place.parts:
-        weight, scheme = _read_stack(place, files, settings)
+        weight, scheme = read_stack(files, settings, place)
     else:
         (module,) = place.modules
         weight, scheme = read_module(files, settings, module, place.in_features, place.out_features)
     packed = PackedWeight(weight.to(device, place.dtype), scheme, None)
     return as_parameter(QuantizedParameter(packed, place.target.removesuffix(".weight"), place.transposed))
-
-
-def _read_stack(
-    place: Place, files: TensorFiles, settings: CheckpointSettings
-) -> tuple[QuantizedWeight, Scheme]:
-    """The experts of a stack, each of one module or of several with some of its rows."""
-    experts: dict[int, list[tuple[int, QuantizedWeight]]] = {}
-    schemes: dict[Scheme, str] = {}
-    for module, (expert, start, stop) in zip(place.modules, place.parts, strict=True):
-        weight, scheme = read_module(files, settings, module, place.in_features, stop - start)
-        schemes.setdefault(scheme, module)
-        experts.setdefault(expert, []).append((start, weight))
-    if len(schemes) > 1:
-        (one, first), (other, second) = list(schemes.items())[:2]
-        raise CheckpointError(
-            f"{settings.file}: {first} is {one}, {second} is {other}. Legal: one scheme for {place.target}"
-        )
-    ordered = [sorted(experts[e], key=lambda part: part[0]) for e in sorted(experts)]
-    stack = QuantizedWeight.stack([joined([w for _, w in parts]) for parts in ordered])
-    return stack, next(iter(schemes))
 
 
 def put(model: Any, made: Mapping[str, QuantizedParameter]) -> None:
@@ -284,6 +263,7 @@ def put(model: Any, made: Mapping[str, QuantizedParameter]) -> None:
         owner, _, leaf = target.rpartition(".")
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers would fill it
         setattr(model.get_submodule(owner), leaf, parameter)
+    skeleton.keep_converters(model)
     tied = model.all_tied_weights_keys
     for one, other in list(tied.items()):
         if one in made or other in made:  # both are in the files, so that they are tied no longer

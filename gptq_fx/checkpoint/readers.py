@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -73,12 +74,19 @@ CHECKS["transformers + optimum"] = CHECKS["GPTQModel 7.7"]
 
 
 def readers(
-    modules: Mapping[str, Stored], dense: Collection[str] = (), *, mixed: bool = False
+    modules: Mapping[str, Stored],
+    dense: Collection[str] = (),
+    *,
+    mixed: bool = False,
+    marlin: bool = False,
 ) -> tuple[Reader, ...]:
-    """What each program makes of a checkpoint. dense: its other modules. mixed: it has `dynamic` rules."""
+    """What each program makes of a checkpoint. dense: its other modules. mixed: it has `dynamic` rules.
+
+    marlin: its files hold the layout of that kernel, which only old versions of these programs wrote.
+    """
     found = []
     for program, checks in CHECKS.items():
-        reasons = []
+        reasons = ["Marlin's layout: load it and save it again"] if marlin else []
         for what, refuses in checks:
             bad = [name for name, module in modules.items() if refuses(module)]
             if bad:
@@ -88,8 +96,21 @@ def readers(
             reasons += _fused(modules, dense)
         if program.startswith("transformers") and mixed:
             reasons.append("does not know `dynamic`, which this checkpoint needs")
+        reasons += [f"{what} ({name})" for what, name in _experts(program, modules)]
         found.append(Reader(program, tuple(reasons)))
     return tuple(found)
+
+
+def _experts(program: str, modules: Collection[str]) -> list[tuple[str, str]]:
+    """What programs make of matrices of single experts, as examples/benchmarks/peers.py finds it."""
+    name = next((m for m in modules if re.search(r"\.experts\.\d+\.", m)), None)
+    if name is None:
+        return []
+    if program.startswith("transformers"):
+        return [("fills the experts of a model of transformers v5 with random numbers", name)]
+    if program.startswith("GPTQModel") and ".block_sparse_moe." in name:
+        return [("looks for mlp.experts.*.gate_proj, while vLLM and SGLang read the names here", name)]
+    return []
 
 
 def _fused(modules: Mapping[str, Stored], dense: Collection[str]) -> list[str]:

@@ -16,7 +16,9 @@ from gptq_fx.checkpoint.files import read_json
 from gptq_fx.errors import CheckpointError, ConfigError
 from gptq_fx.scheme import Scheme
 
-FORMATS = ("gptq", "gptq_v2")
+FORMATS = ("gptq", "gptq_v2", "marlin")
+LEAVES = ("qweight", "scales", "qzeros", "g_idx")
+MARLIN_LEAVES = ("B", "s", "workspace")
 PATTERN_SECONDS = 1.0  # for one match; and for all matches of a checkpoint:
 TOTAL_SECONDS = 10.0
 MAX_PATTERN = 4096
@@ -35,7 +37,8 @@ class Override:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """file: where it was found. format: of the zero points, "gptq" (v1) or "gptq_v2"."""
+    """file: where it was found. format: "gptq" (v1) and "gptq_v2" differ in their zero points; "marlin"
+    is the layout of the kernel of that name."""
 
     file: str
     scheme: Scheme
@@ -50,6 +53,11 @@ class CheckpointSettings:
             if rule.matches(module):
                 return None if rule.values is None else _scheme(self.file, {**self._base, **rule.values})
         return self.scheme
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The names of the tensors of a quantized module."""
+        return MARLIN_LEAVES if self.format == "marlin" else LEAVES
 
     @property
     def _base(self) -> dict[str, Any]:
@@ -79,7 +87,9 @@ def read_settings(folder: Path) -> CheckpointSettings:
 
 def parse(file: str, found: Mapping[str, Any]) -> CheckpointSettings:
     """The settings in the JSON object `found` of `file`."""
-    auto_round = _method(file, found) == "auto-round"
+    method = _method(file, found)
+    if method == "marlin":  # of those files the kernel alone says what the numbers are
+        found = {"bits": 4, "checkpoint_format": "marlin", **found}
     for key in ("bits", "group_size"):
         if key not in found:
             raise CheckpointError(f"{file}: {key}: missing")
@@ -91,11 +101,13 @@ def parse(file: str, found: Mapping[str, Any]) -> CheckpointSettings:
     if not isinstance(lm_head, bool):
         raise CheckpointError(f"{file}: lm_head: found {lm_head!r:.80}. Legal: true, false")
     budget = _Budget(file)
-    if auto_round:
+    if method == "auto-round":
         overrides = _extra_config(file, found.get("extra_config"), budget)
     else:
         overrides = _dynamic(file, found.get("dynamic"), budget)
     settings = CheckpointSettings(file, scheme, _format(file, found), lm_head, overrides, found)
+    if settings.format == "marlin":
+        _check_marlin(file, scheme)
     for rule in overrides:
         if rule.values is not None:
             _scheme(f"{file}: {rule.text}", {**settings._base, **rule.values})
@@ -113,18 +125,29 @@ def _method(file: str, found: Mapping[str, Any]) -> str:
                 f"{file}: packing_format: found {packing!r:.80}. Legal: 'auto_round:auto_gptq'"
             )
         return "auto-round"
-    if method != "gptq":
-        raise CheckpointError(f"{file}: quant_method: found {method!r:.80}. Legal: 'gptq', 'auto-round'")
-    return "gptq"
+    if method not in ("gptq", "marlin"):
+        legal = "'gptq', 'marlin', 'auto-round'"
+        raise CheckpointError(f"{file}: quant_method: found {method!r:.80}. Legal: {legal}")
+    return str(method)
 
 
 def _format(file: str, found: Mapping[str, Any]) -> str:
     name = found.get("checkpoint_format") or found.get("format") or "gptq"
-    if found.get("is_marlin_format") or name == "marlin":
-        raise CheckpointError(f"{file}: checkpoint_format: Marlin's layout is not read. Legal: {FORMATS}")
+    if found.get("is_marlin_format"):  # AutoGPTQ up to 0.7.1
+        name = "marlin"
     if name not in FORMATS:
         raise CheckpointError(f"{file}: checkpoint_format: found {name!r:.80}. Legal: {FORMATS}")
     return str(name)
+
+
+def _check_marlin(file: str, scheme: Scheme) -> None:
+    """Files of the layout have neither zero points nor a g_idx."""
+    if scheme.bits not in (4, 8):
+        raise CheckpointError(f"{file}: bits: found {scheme.bits} in Marlin's layout. Legal there: 4, 8")
+    if not scheme.sym:
+        raise CheckpointError(f"{file}: sym: found false. Legal in Marlin's layout: true")
+    if scheme.desc_act and scheme.group_size != -1:
+        raise CheckpointError(f"{file}: desc_act: found true. Legal in Marlin's layout with groups: false")
 
 
 def _scheme(where: str, values: Mapping[str, Any]) -> Scheme:

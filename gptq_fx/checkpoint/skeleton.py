@@ -19,6 +19,9 @@ from torch import nn
 from gptq_fx.checkpoint.files import TensorFiles, read_json
 from gptq_fx.errors import CheckpointError
 
+# GPTQModel names the matrices of all experts alike, transformers' table those of Mixtral as its authors did.
+SPELLINGS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+EXPERT = re.compile(r"(\.experts\.\d+)\.(gate_proj|up_proj|down_proj)\.")
 MAX_BUFFERS = 1 << 30  # bytes of tables a model may compute, or as much as the checkpoint has
 
 
@@ -92,6 +95,13 @@ class Names:
 
     def find(self, name: str) -> tuple[str, bool]:
         """The path of a checkpoint's tensor, and whether it is only a part of what is there."""
+        found = self._find(name)
+        if found[0] not in self.state:
+            other = EXPERT.sub(lambda m: f"{m[1]}.{SPELLINGS[m[2]]}.", name)
+            found = self._find(other) if self._find(other)[0] in self.state else found
+        return found
+
+    def _find(self, name: str) -> tuple[str, bool]:
         from transformers.core_model_loading import rename_source_key
 
         path, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)
@@ -167,6 +177,20 @@ def checkpoint_names(model: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
     reverted: dict[str, Any] = revert_weight_conversion(model, dict(state))
     return reverted
+
+
+def keep_converters(model: Any) -> None:
+    """Let `checkpoint_names` know of the experts that we stacked.
+
+    transformers remembers, for saving, the converters that it used itself: none where all experts are ours.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    used = model._weight_conversions
+    known = {tuple(t.source_patterns) for t in used}
+    table = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    model._weight_conversions = [*used, *(t for t in table if tuple(t.source_patterns) not in known)]
 
 
 def parts(

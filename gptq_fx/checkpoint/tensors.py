@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,16 +10,17 @@ from torch import Tensor
 from gptq_fx.checkpoint.files import DTYPES, TensorFiles
 from gptq_fx.checkpoint.settings import CheckpointSettings
 from gptq_fx.errors import CheckpointError
+from gptq_fx.kernels.marlin import layout
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight, packed_rows, qzeros_from_v1, unpack_int32
 
-LEAVES = ("qweight", "scales", "qzeros", "g_idx")
 SCALES = ("F16", "BF16", "F32")
 
 
-def modules_of(files: TensorFiles) -> list[str]:
-    """The quantized modules: what has a qweight, scales, qzeros or a g_idx."""
-    found = {name.rpartition(".")[0] for name in files.entries if name.rpartition(".")[2] in LEAVES}
+def modules_of(files: TensorFiles, settings: CheckpointSettings) -> list[str]:
+    """The quantized modules: what has a qweight, scales, qzeros or a g_idx; or their like in its layout."""
+    leaves = settings.leaves
+    found = {name.rpartition(".")[0] for name in files.entries if name.rpartition(".")[2] in leaves}
     return sorted(found)
 
 
@@ -42,22 +42,38 @@ def read_module(
     if K % size:
         raise CheckpointError(f"{settings.file}: {module}: group_size {size} does not divide its {K} inputs")
     G = K // size
+    group_size = -1 if size == K and scheme.group_size != K else size
+    if settings.format == "marlin":
+        scheme = replace(scheme, group_size=group_size, desc_act=False)
+        return _read_marlin(files, module, scheme, K, N, G), scheme
     for leaf in ("qweight", "scales") if scheme.sym else ("qweight", "scales", "qzeros"):
         if f"{module}.{leaf}" not in files.entries:
             raise CheckpointError(f"{files.folder.name}: {module}.{leaf}: missing")
     qweight = _get(files, f"{module}.qweight", ("I32",), (packed_rows(K, bits), N))
-    scales = _get(files, f"{module}.scales", SCALES, (G, N))
-    assert qweight is not None and scales is not None
-    if not torch.isfinite(scales).all():
-        bad = (~torch.isfinite(scales)).nonzero()[0].tolist()
-        raise files.error(f"{module}.scales", f"NaN or Inf, first at {bad}. Legal: finite scales")
+    scales = _scales(files, f"{module}.scales", (G, N))
+    assert qweight is not None
     qzeros = _get(files, f"{module}.qzeros", ("I32",), (G, packed_rows(N, bits)))
     if qzeros is not None:
         qzeros = _zeros(files, f"{module}.qzeros", qzeros, scheme, settings.format, N)
     g_idx = _g_idx(files, f"{module}.g_idx", K, G)
-    group_size = -1 if size == K and scheme.group_size != K else size
     scheme = replace(scheme, group_size=group_size, desc_act=g_idx is not None)
     return QuantizedWeight(bits, K, qweight, scales, qzeros, g_idx), scheme
+
+
+def _read_marlin(files: TensorFiles, module: str, scheme: Scheme, K: int, N: int, G: int) -> QuantizedWeight:
+    """The weight of a module in Marlin's layout; its `workspace` is scratch memory of the kernel."""
+    if K % layout.TILE_K or N % layout.TILE_N:
+        raise CheckpointError(
+            f"{files.folder.name}: {module}: found {K} inputs and {N} outputs. "
+            f"Legal in Marlin's layout: multiples of {layout.TILE_K} and {layout.TILE_N}"
+        )
+    for leaf in ("B", "s"):
+        if f"{module}.{leaf}" not in files.entries:
+            raise CheckpointError(f"{files.folder.name}: {module}.{leaf}: missing")
+    packed = _get(files, f"{module}.B", ("I32",), (K // layout.TILE_K, N * scheme.bits // 2))
+    assert packed is not None
+    scales = _scales(files, f"{module}.s", (G, N))
+    return layout.from_marlin_tensors(packed, scales, scheme.bits)
 
 
 def rows_of(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
@@ -65,18 +81,6 @@ def rows_of(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
     codes, zeros = weight.codes()[:, start:stop], weight.zeros()
     zeros = None if zeros is None else zeros[:, start:stop]
     return QuantizedWeight.from_codes(codes, weight.scales[:, start:stop], zeros, weight.bits, weight.g_idx)
-
-
-def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """One weight [N, K] with the outputs of all, in order; they have one act-order, if any."""
-    zeros = [z for weight in weights if (z := weight.zeros()) is not None]
-    return QuantizedWeight.from_codes(
-        torch.cat([weight.codes() for weight in weights], -1),
-        torch.cat([weight.scales for weight in weights], -1),
-        torch.cat(zeros, -1) if zeros else None,
-        weights[0].bits,
-        weights[0].g_idx,
-    )
 
 
 def _get(files: TensorFiles, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Tensor | None:
@@ -90,6 +94,15 @@ def _get(files: TensorFiles, name: str, dtypes: tuple[str, ...], shape: tuple[in
     if entry.shape != shape:
         raise files.error(name, f"found shape {list(entry.shape)}. Legal by the settings: {list(shape)}")
     return files.tensor(name)
+
+
+def _scales(files: TensorFiles, name: str, shape: tuple[int, int]) -> Tensor:
+    scales = _get(files, name, SCALES, shape)
+    assert scales is not None
+    if not torch.isfinite(scales).all():
+        bad = (~torch.isfinite(scales)).nonzero()[0].tolist()
+        raise files.error(name, f"NaN or Inf, first at {bad}. Legal: finite scales")
+    return scales
 
 
 def _zeros(

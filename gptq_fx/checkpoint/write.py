@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from gptq_fx.checkpoint.describe import describe
 from gptq_fx.checkpoint.files import INDEX, SINGLE
-from gptq_fx.checkpoint.names import dense_linears, heads_of, is_conv1d, named
+from gptq_fx.checkpoint.names import Part, dense_linears, heads_of, is_bare, named
 from gptq_fx.checkpoint.publish import check_target, publish, sync
 from gptq_fx.checkpoint.readers import Reader, Stored, readers
 from gptq_fx.errors import CheckpointError
-from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.weight import QuantizedWeight, packed_rows
 
 # What belongs to a tokenizer or processor, and is carried over from the folder a model came from.
@@ -98,14 +97,13 @@ def save_pretrained(
         raise CheckpointError(f"{type(model).__name__}: nothing is quantized. Legal: after gptq_fx.quantize")
     heads = heads_of(model, dense, quantized)
     schemes = {name: p.scheme for name, p in quantized.items()}
-    # no module of its own tells which way a bare matrix lies
-    bare = [n for n, p in quantized.items() if p.transposed and not is_conv1d(model, p)]
+    bare = [n for n, p in quantized.items() if is_bare(model, p)]
     linears = dense_linears(model, dense)
     described = describe(schemes, linears, heads, bare)
     scales = _scales_dtype(quantized)
     v1 = described["checkpoint_format"] == "gptq"
     units = [_dense_unit(name, tensor) for name, tensor in dense.items()]
-    units += [_unit(name, parameter, scales, v1) for name, parameter in quantized.items()]
+    units += [_unit(name, part, scales, v1) for name, part in quantized.items()]
 
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -122,8 +120,7 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     stored = {
-        name: Stored(p.scheme, p.packed.spec.in_features, p.packed.spec.out_features, str(scales))
-        for name, p in quantized.items()
+        name: Stored(p.scheme, p.in_features, p.out_features, str(scales)) for name, p in quantized.items()
     }
     who = readers(stored, linears, mixed=bool(described["dynamic"]))
     if scales is not torch.float16:
@@ -138,10 +135,10 @@ def _bytes(size: int | str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def _scales_dtype(quantized: Mapping[str, QuantizedParameter]) -> torch.dtype:
+def _scales_dtype(quantized: Mapping[str, Part]) -> torch.dtype:
     """float16 if every scale is one, else the dtype that the scales have."""
-    for parameter in quantized.values():
-        scales = parameter.quantized_weight().scales
+    for part in quantized.values():
+        scales = part.weight().scales
         if not torch.equal(scales.to(torch.float16).to(scales.dtype), scales):
             return scales.dtype
     return torch.float16
@@ -151,12 +148,11 @@ def _dense_unit(name: str, tensor: Tensor) -> _Unit:
     return _Unit(tensor.numel() * tensor.element_size(), lambda: {name: _own(tensor)})
 
 
-def _unit(name: str, parameter: QuantizedParameter, scales: torch.dtype, v1: bool) -> _Unit:
-    spec, bits = parameter.packed.spec, parameter.scheme.bits
-    words = packed_rows(spec.in_features, bits) * spec.out_features + spec.in_features
-    zeros = spec.groups * packed_rows(spec.out_features, bits)
-    nbytes = 4 * (words + zeros) + spec.groups * spec.out_features * scales.itemsize
-    return _Unit(nbytes, lambda: module_tensors(name, parameter.quantized_weight(), scales, v1))
+def _unit(name: str, part: Part, scales: torch.dtype, v1: bool) -> _Unit:
+    bits, K, N, G = part.scheme.bits, part.in_features, part.out_features, part.parameter.packed.spec.groups
+    words = packed_rows(K, bits) * N + K
+    nbytes = 4 * (words + G * packed_rows(N, bits)) + G * N * scales.itemsize
+    return _Unit(nbytes, lambda: module_tensors(name, part.weight(), scales, v1))
 
 
 def module_tensors(name: str, weight: QuantizedWeight, scales: torch.dtype, v1: bool) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
 Tensors = tuple[Tensor | None, ...]
+GATHERED = "act-order: one gather for each input"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class LinearSpec:
     @property
     def groups(self) -> int:
         return self.in_features // self.group_size
+
+    @property
+    def ordered(self) -> LinearSpec:
+        """The same weight with its inputs sorted by groups, so that it is in act-order no more."""
+        return replace(self, scheme=replace(self.scheme, desc_act=False))
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,10 @@ class Kernel:
             return f"runs on {self.device}, the weight is on {spec.device}"
         return self.available() or self.supports(spec)
 
+    def sorts(self, spec: LinearSpec) -> bool:
+        """Whether it runs a weight in act-order only with the inputs sorted by groups (gptq_fx/order.py)."""
+        return spec.scheme.desc_act and self.refuses(spec) is not None
+
     def expert_ops(self, spec: LinearSpec) -> ExpertOps | None:
         """How it runs a stack of this spec in one call, or None."""
         if self.experts is None or self.experts.supports(spec) is not None:
@@ -163,27 +173,40 @@ def get_kernel(name: str) -> Kernel:
     return _KERNELS[name]
 
 
-def choose_kernel(spec: LinearSpec, wanted: str = "auto", site: str = "") -> tuple[Kernel, str]:
+def choose_kernel(
+    spec: LinearSpec, wanted: str = "auto", site: str = "", *, sortable: bool = True
+) -> tuple[Kernel, str]:
     """The kernel for a site, and why the ones before it in the order were passed over.
 
+    A weight in act-order goes to a kernel without act-order as well, if it is `sortable`: the inputs are
+    then gathered in the order of its groups, and the kernel is asked for the sorted weight.
     Raises KernelError with every kernel's reason if none, or not the `wanted` one, can run it.
     """
     candidates = kernels() if wanted == "auto" else (get_kernel(wanted),)
     refusals: list[str] = []
     for kernel in candidates:
-        reason = kernel.refuses(spec)
+        reason = _refuses(kernel, spec, sortable)
         if reason is None:
-            notes = [*refusals, *filter(None, [kernel.note(spec)])]
-            return kernel, "; ".join(notes)
+            notes = [GATHERED if kernel.sorts(spec) else None, kernel.note(spec)]
+            return kernel, "; ".join([*refusals, *filter(None, notes)])
         if kernel.device in (None, spec.device) or wanted != "auto":
             refusals.append(f"{kernel.name}: {reason}")
     if wanted != "auto":
         others = (k for k in kernels() if k.name != wanted)
-        refusals += [f"{k.name}: {k.refuses(spec) or 'could run it'}" for k in others]
+        refusals += [f"{k.name}: {_refuses(k, spec, sortable) or 'could run it'}" for k in others]
     where = f"{site}: " if site else ""
     shape = f"{list(spec.shape)} {spec.scheme} {spec.dtype} on {spec.device}"
     what = "no kernel" if wanted == "auto" else f"kernel {wanted!r} cannot"
     raise KernelError(f"{where}{what} run{'s' * (wanted == 'auto')} {shape}. " + "; ".join(refusals))
+
+
+def _refuses(kernel: Kernel, spec: LinearSpec, sortable: bool) -> str | None:
+    reason = kernel.refuses(spec)
+    if reason is None or not spec.scheme.desc_act:
+        return reason
+    if sortable or kernel.refuses(spec.ordered) is not None:
+        return kernel.refuses(spec.ordered)
+    return "act-order with groups of different sizes, which it cannot tell apart"
 
 
 # What compiles the rewritten graph on a device where the user does not say, the preferred one first.

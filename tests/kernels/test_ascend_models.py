@@ -470,6 +470,7 @@ def test_perplexity_of_a_real_model(bits, sym, here, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     import measure
+
     import smollm2
 
     folder = smollm2.checkpoint()
