@@ -98,22 +98,27 @@ extern "C" void linear(const uint8_t* packed, const uint16_t* scales_mins, const
         const uint8_t* codes = packed + (e * blocks + b) * K * half;
         float total[block] = {{}};
         for (int64_t start = 0; start < K; start += group) {{
-            floats low[parts], high[parts];
-            for (int p = 0; p < parts; ++p) low[p] = high[p] = splat(0);
-            float sum = 0;
-            for (int64_t k = start; k < start + group; ++k, codes += half) {{
-                sum += row[k];
-                const floats xk = splat(row[k]);
-                for (int p = 0; p < parts; ++p) {{
-                    const ints c = load(codes + lanes * p);
-                    low[p] = fma(xk, low_codes(c), low[p]);
-                    high[p] = fma(xk, high_codes(c), high[p]);
+            // Two numbers of x at a time, each with its own sums: one chain of them would wait for itself.
+            floats low[2][parts], high[2][parts];
+            for (int i = 0; i < 2; ++i)
+                for (int p = 0; p < parts; ++p) low[i][p] = high[i][p] = splat(0);
+            float sums[2] = {{0, 0}};
+            for (int64_t k = start; k < start + group; k += 2) {{
+                for (int i = 0; i < 2; ++i, codes += half) {{
+                    sums[i] += row[k + i];
+                    const floats xk = splat(row[k + i]);
+                    for (int p = 0; p < parts; ++p) {{
+                        const ints c = load(codes + lanes * p);
+                        low[i][p] = fma(xk, low_codes(c), low[i][p]);
+                        high[i][p] = fma(xk, high_codes(c), high[i][p]);
+                    }}
                 }}
             }}
+            const float sum = sums[0] + sums[1];
             float products[block];
             for (int p = 0; p < parts; ++p) {{
-                store(products + lanes * p, low[p]);
-                store(products + half + lanes * p, high[p]);
+                store(products + lanes * p, low[0][p] + low[1][p]);
+                store(products + half + lanes * p, high[0][p] + high[1][p]);
             }}
             const uint16_t* grid = scales_mins + ((e * (K / group) + start / group) * N + b * block) * 2;
             for (int n = 0; n < block; ++n)

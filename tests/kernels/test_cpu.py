@@ -138,6 +138,17 @@ def test_few_rows_and_many_rows_agree(monkeypatch, here, N, bits, sym):
     assert relative_error(many, few) <= SAME_KERNEL[torch.bfloat16]
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_many_rows_in_bf16_and_in_fp32(monkeypatch, here, fast):
+    spec, weight = make(208)
+    monkeypatch.setattr(cpu, "FAST_BF16", fast)
+    x = torch.randn(cpu.FEW_ROWS + 3, 64).bfloat16()
+    wanted = x.double() @ weight.dequantize(torch.float64).T
+    found = cpu.CPU_INT4.call(x, cpu.pack(weight, spec), None, spec)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, wanted) <= LINEAR[torch.bfloat16]
+
+
 def test_the_number_of_rows_chooses_the_algorithm(here):
     spec, weight = make(32)
     tensors = cpu.pack(weight, spec)
