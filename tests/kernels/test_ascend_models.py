@@ -20,6 +20,7 @@ import gptq_fx
 from gptq_fx import ConfigError, GPTQConfig, KernelError, Scheme
 from gptq_fx.grid import round_to_nearest
 from gptq_fx.kernels import ascend, registry
+from gptq_fx.measure import perplexity
 from gptq_fx.parameter import QuantizedParameter
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -469,12 +470,11 @@ def test_perplexity_of_a_real_model(bits, sym, here, monkeypatch):
     """SmolLM2-135M by emulation in fp16 against `reference` in fp32, on the same integers."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
-    import measure
-
     import smollm2
+    import texts
 
     folder = smollm2.checkpoint()
-    windows, _ = measure.windows(transformers.AutoTokenizer.from_pretrained(folder), 2, 1, length=256)
+    windows, _ = texts.windows(transformers.AutoTokenizer.from_pretrained(folder), 2, 1, length=256)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     gptq_fx.quantize(model, GPTQConfig(bits=bits, sym=sym, group_size=64), progress=False)
     models = {"reference": copy.deepcopy(model).float(), "ascend": model}
@@ -483,7 +483,7 @@ def test_perplexity_of_a_real_model(bits, sym, here, monkeypatch):
         torch._dynamo.reset()
         options = {"kernel": kernel, "inner_backend": "eager"}
         model.forward = torch.compile(model.forward, backend="gptq", options=options)
-        found[kernel] = measure.perplexity(model, windows)
+        found[kernel] = perplexity(model, windows, show=False)
         used = {p.packed.kernel.name for p in model.parameters() if isinstance(p, QuantizedParameter)}
         assert used == {kernel}
     assert abs(found["ascend"] / found["reference"] - 1) <= 1e-3, found
