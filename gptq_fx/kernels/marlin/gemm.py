@@ -10,9 +10,12 @@ from torch import Tensor
 
 from gptq_fx.kernels.marlin import variants
 from gptq_fx.kernels.marlin.launch import Function, counters, device, pointer
-from gptq_fx.kernels.marlin.variants import Tile, Variant
+from gptq_fx.kernels.marlin.variants import Tile, Variant, WideTile, WideVariant
 
 GEMM_ARGUMENTS = "12Q10i"
+WIDE_ARGUMENTS = "9Q10i"
+MOST_CLUSTER = 8  # blocks; what every GPU with clusters admits
+FEWEST_CHUNKS = 2  # of a block in a cluster
 # Weights that are dequantized at a time for a dense GEMM: few enough to stay in L2 between the two.
 SCRATCH_BYTES = 32 * 2**20
 
@@ -129,6 +132,62 @@ def gemm(x: Tensor, w: Weight, bias: Tensor | None, tile: Tile, out: Tensor, blo
         w.scales.shape[-2],
         row_blocks,
         *((1, 1, 0) if blocks is None else (blocks.num_experts, blocks.top_k, int(blocks.wide))),
+    )
+
+
+@functools.cache
+def wide_function(
+    bits: int, bf16: bool, asym: bool, group_tiles: int, moe: bool, tile: WideTile, index: int
+) -> Function:
+    where = device(index)
+    variant = WideVariant(bits, bf16, asym, group_tiles, moe, tile)
+    stages = variant.fit(where.shared_per_multiprocessor, where.shared_per_block)
+    shared = variant.shared_bytes(stages)
+    return Function(variant.source(stages), "marlin_wide", where, tile.threads, shared, WIDE_ARGUMENTS)
+
+
+def wide(
+    x: Tensor,
+    w: Weight,
+    bias: Tensor | None,
+    tile: WideTile,
+    out: Tensor,
+    blocks: Blocks | None,
+    parts: int | None = None,
+) -> None:
+    """As `gemm`, for many rows on Hopper. w has no perm.
+
+    parts: blocks of threads that share a tile of the output; None: as many as keep the GPU busy.
+    """
+    index = x.get_device()
+    K, N64 = w.in_features, w.scales.shape[-1] // 64
+    function = wide_function(
+        w.bits, _is_bf16(x.dtype), w.zeros is not None, w.group_tiles, blocks is not None, tile, index
+    )
+    row_blocks = -(-x.shape[0] // tile.tokens) if blocks is None else blocks.most
+    tiles = row_blocks * -(-N64 * 64 // tile.outputs)
+    if parts is None:
+        chunks = -(-K // (16 * tile.k_tiles))
+        parts = max(1, min(function.resident // tiles, MOST_CLUSTER, chunks // FEWEST_CHUNKS))
+    function(
+        tiles * parts,
+        1,
+        x.data_ptr(),
+        w.packed.data_ptr(),
+        w.scales.data_ptr(),
+        pointer(w.zeros),
+        pointer(bias),
+        out.data_ptr(),
+        *((0, 0, 0) if blocks is None else (blocks.experts, blocks.rows, blocks.count)),
+        x.shape[0],
+        w.out_features,
+        K,
+        N64,
+        x.stride(0),
+        w.scales.shape[-2],
+        row_blocks,
+        *((1, 1, 0) if blocks is None else (blocks.num_experts, blocks.top_k, int(blocks.wide))),
+        cluster=parts,
     )
 
 

@@ -19,6 +19,7 @@ COUNTERS = 4096  # of one stream; no launch has more blocks that share a tile
 STREAMS = 64  # that counters are made for at a time
 OVERLAP = True  # the start of a kernel with the end of the one before, where the architecture can
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _PARAMETERS = ctypes.c_char_p * 1
 _lock = threading.Lock()
@@ -43,7 +44,15 @@ class _Config(ctypes.Structure):
     )
 
 
-_OVERLAP = _Attribute(_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+
+@functools.cache
+def _attributes(overlap: bool, cluster: int) -> ctypes.Array[_Attribute]:
+    chosen = []
+    if overlap:
+        chosen.append(_Attribute(_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1)))
+    if cluster > 1:
+        chosen.append(_Attribute(_CLUSTER, 0, (ctypes.c_int * 16)(cluster, 1, 1)))
+    return (_Attribute * len(chosen))(*chosen)
 
 
 @functools.cache
@@ -127,16 +136,19 @@ class Function:
             raise KernelError(f"{name}: {threads} threads with {shared} bytes do not fit {where.arch}")
         self.resident = fits.value * where.multiprocessors
 
-    def __call__(self, blocks: int, rows: int, *arguments: int) -> None:
-        """Launch `blocks` x `rows` blocks on PyTorch's current stream of the device."""
+    def __call__(self, blocks: int, rows: int, *arguments: int, cluster: int = 1) -> None:
+        """Launch `blocks` x `rows` blocks on PyTorch's current stream of the device.
+
+        cluster: how many successive blocks share their memory; `blocks` is a multiple of it.
+        """
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
-                return self(blocks, rows, *arguments)
+                return self(blocks, rows, *arguments, cluster=cluster)
         parameters = _PARAMETERS(self._pack(*arguments))
         config = _Config((blocks, rows, 1), (self.threads, 1, 1), self.shared, stream(self.index))
-        if OVERLAP and self._overlaps:
-            config.attributes = ctypes.pointer(_OVERLAP)
-            config.count = 1
+        attributes = _attributes(OVERLAP and self._overlaps, cluster)
+        config.attributes = ctypes.cast(attributes, ctypes.POINTER(_Attribute))
+        config.count = len(attributes)
         code = self._library.cuLaunchKernelEx(ctypes.byref(config), self._handle, parameters, None)
         return _check(code, "launching a kernel") if code else None
 
