@@ -58,6 +58,9 @@ class HostFunction:
         self.pack = struct.Struct(arguments).pack
         self.resident = 2 * where.multiprocessors
 
+    def clusters(self, size):
+        return self.resident * (size == 1)
+
     def __call__(self, blocks, rows, *arguments, cluster=1):
         assert cluster == 1, "blocks run one after the other"
         HostFunction.launches.append(self.name)

@@ -15,9 +15,10 @@ from gptq_fx.kernels.marlin.variants import Tile, Variant, WideTile, WideVariant
 GEMM_ARGUMENTS = "12Q10i"
 WIDE_ARGUMENTS = "9Q10i"
 MOST_CLUSTER = 8  # blocks; what every GPU with clusters admits
-FEWEST_CHUNKS = 2  # of a block in a cluster
-# Weights that are dequantized at a time for a dense GEMM: few enough to stay in L2 between the two.
-SCRATCH_BYTES = 32 * 2**20
+# What a block does beside its chunks of K, and what a cluster does more, in the time of chunks.
+WIDE_OVERHEAD, CLUSTER_OVERHEAD = 3, 1
+# Of weights that are dequantized at a time for a dense GEMM.
+SCRATCH_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,18 @@ def wide_function(
     return Function(variant.source(stages), "marlin_wide", where, tile.threads, shared, WIDE_ARGUMENTS)
 
 
+@functools.lru_cache(maxsize=1024)
+def _parts(function: Function, tiles: int, chunks: int) -> int:
+    """How many blocks shall share a tile of the output: what ends first, as far as that can be told."""
+
+    def time(parts: int) -> int:
+        waves = -(-tiles // function.clusters(parts))
+        return waves * (-(-chunks // parts) + WIDE_OVERHEAD + CLUSTER_OVERHEAD * (parts > 1))
+
+    possible = [p for p in range(1, min(MOST_CLUSTER, chunks) + 1) if function.clusters(p)]
+    return min(possible, key=time)
+
+
 def wide(
     x: Tensor,
     w: Weight,
@@ -153,12 +166,8 @@ def wide(
     tile: WideTile,
     out: Tensor,
     blocks: Blocks | None,
-    parts: int | None = None,
 ) -> None:
-    """As `gemm`, for many rows on Hopper. w has no perm.
-
-    parts: blocks of threads that share a tile of the output; None: as many as keep the GPU busy.
-    """
+    """As `gemm`, for many rows, where Device.has_wgmma. w has no perm."""
     index = x.get_device()
     K, N64 = w.in_features, w.scales.shape[-1] // 64
     function = wide_function(
@@ -166,9 +175,7 @@ def wide(
     )
     row_blocks = -(-x.shape[0] // tile.tokens) if blocks is None else blocks.most
     tiles = row_blocks * -(-N64 * 64 // tile.outputs)
-    if parts is None:
-        chunks = -(-K // (16 * tile.k_tiles))
-        parts = max(1, min(function.resident // tiles, MOST_CLUSTER, chunks // FEWEST_CHUNKS))
+    parts = _parts(function, tiles, -(-K // (16 * tile.k_tiles)))
     function(
         tiles * parts,
         1,

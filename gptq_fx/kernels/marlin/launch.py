@@ -78,6 +78,10 @@ def _check(code: int, what: str) -> None:
 class Device:
     """A GPU: its number, architecture, multiprocessors, and bytes of shared memory."""
 
+    @property
+    def has_wgmma(self) -> bool:
+        return self.arch == "sm_90a"
+
     index: int
     arch: str
     multiprocessors: int
@@ -135,6 +139,20 @@ class Function:
         if fits.value < 1:
             raise KernelError(f"{name}: {threads} threads with {shared} bytes do not fit {where.arch}")
         self.resident = fits.value * where.multiprocessors
+
+    def clusters(self, size: int) -> int:
+        """How many clusters of so many blocks the GPU holds at a time."""
+        if size == 1:
+            return self.resident
+        attributes, count = _attributes(False, size), ctypes.c_int()
+        config = _Config((size, 1, 1), (self.threads, 1, 1), self.shared)
+        config.attributes, config.count = ctypes.cast(attributes, ctypes.POINTER(_Attribute)), len(attributes)
+        with torch.cuda.device(self.index):
+            code = self._library.cuOccupancyMaxActiveClusters(
+                ctypes.byref(count), self._handle, ctypes.byref(config)
+            )
+        _check(code, "counting clusters")
+        return count.value
 
     def __call__(self, blocks: int, rows: int, *arguments: int, cluster: int = 1) -> None:
         """Launch `blocks` x `rows` blocks on PyTorch's current stream of the device.

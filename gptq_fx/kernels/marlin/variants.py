@@ -33,8 +33,8 @@ class Tile:
 
 # For up to so many rows of x, by bits. Larger inputs are cut into blocks of the last.
 TILES: dict[int, tuple[Tile, ...]] = {
-    4: (Tile(8, 2, 4, 4), Tile(16, 2, 4, 4), Tile(32, 4, 2, 4), Tile(48, 4, 1, 4), Tile(64, 4, 1, 4)),
-    8: (Tile(8, 2, 4, 2), Tile(16, 2, 4, 2), Tile(32, 4, 2, 2), Tile(48, 4, 1, 4), Tile(64, 4, 1, 4)),
+    4: (Tile(8, 2, 4, 4), Tile(16, 2, 4, 4, 1), Tile(32, 2, 4, 2), Tile(48, 4, 2, 4, 1), Tile(64, 4, 2, 4, 1)),
+    8: (Tile(8, 2, 4, 2), Tile(16, 2, 4, 2), Tile(32, 2, 4, 2), Tile(48, 4, 2, 2, 1), Tile(64, 4, 2, 2, 1)),
 }
 
 
@@ -107,14 +107,11 @@ class Variant:
 class WideTile:
     """How a block of threads of wide.cu cuts the work.
 
-    tokens: rows of x. k_groups: parts in which the warpgroups share the k of a stage (1: they share the rows).
-    k_tiles: tiles of 16 k in a stage. blocks: on a multiprocessor, at most.
+    tokens: rows of x, a multiple of 8. k_tiles: tiles of 16 k in a stage.
     """
 
     tokens: int
-    k_groups: int
-    k_tiles: int = 4
-    blocks: int = 1
+    k_tiles: int = 8
 
     threads = 256
     outputs = 256
@@ -147,7 +144,7 @@ class WideVariant:
 
     def fit(self, per_multiprocessor: int, per_block: int) -> int:
         """How many stages fit so many bytes of shared memory."""
-        limit = min(per_multiprocessor // self.tile.blocks - 1024, per_block)
+        limit = min(per_multiprocessor - 1024, per_block)
         for stages in range(MOST_WIDE_STAGES, 2, -1):
             if self.shared_bytes(stages) <= limit:
                 return stages
@@ -156,22 +153,34 @@ class WideVariant:
     def source(self, stages: int) -> str:
         """The whole text for the compiler."""
         tile = self.tile
-        tokens = tile.tokens * tile.k_groups // 2  # of one instruction
         constants = {
             "TOKENS": tile.tokens,
-            "K_GROUPS": tile.k_groups,
             "K_TILES": tile.k_tiles,
             "STAGES": stages,
-            "BLOCKS": tile.blocks,
             "MOE": int(self.moe),
             "SHARED": self.shared_bytes(stages),
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
-        constants = head | constants | wgmma_operands(tokens)
+        constants = head | constants | wgmma_operands(tile.tokens)
         return _join(constants, text("ptx.cuh"), text("dequantize.cuh"), text("wide.cu"))
 
 
 MOST_WIDE_STAGES = 8
+# As TILES, for any bits.
+WIDE_TILES = (WideTile(32), WideTile(64), WideTile(96), WideTile(128))
+
+
+def wide_tile_for(rows: int) -> WideTile:
+    """The smallest tile that holds `rows`, or the largest of all."""
+    return next((tile for tile in WIDE_TILES if rows <= tile.tokens), WIDE_TILES[-1])
+
+
+def every_wide() -> Iterator[WideVariant]:
+    """All variants of wide.cu that can be asked for."""
+    flags = (False, True)
+    for bits, bf16, asym, group_tiles, moe in itertools.product(TILES, flags, flags, (0, 2, 4, 8), flags):
+        for tile in WIDE_TILES:
+            yield WideVariant(bits, bf16, asym, group_tiles, moe, tile)
 
 
 def wgmma_operands(tokens: int) -> dict[str, int | str]:

@@ -1,13 +1,13 @@
 // y[M, N] = x[M, K] W[N, K]^T for many rows of x, on Hopper: as W x^T by wgmma. A tile of weights holds the
 // registers of operand a (16 outputs x 16 k); x is operand b, in shared memory.
 //
-// A block has two warpgroups. Each multiplies 256 outputs: warp w of it those of the w-th tile of 64, by four
-// wgmmas of 16 outputs a warp. They share the rows of x (K_GROUPS 1), or the k of a stage (K_GROUPS 2). The
-// blocks of a cluster share a tile, each with its part of K; each adds up a part of the rows, in the order of
-// the blocks: the same bits each time.
+// A block has two warpgroups and 256 outputs: warp w of each those of the w-th tile of 64, of which one
+// warpgroup takes the first half, the other the second, by two wgmmas of 16 outputs a warp. The blocks of a
+// cluster share a tile, each with its part of K; each adds up a part of the rows, in the order of the blocks:
+// the same bits each time.
 //
-// Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), MOE, TOKENS, K_GROUPS,
-// K_TILES (in a stage), STAGES, BLOCKS (per multiprocessor).
+// Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), MOE, TOKENS, K_TILES
+// (in a stage), STAGES.
 
 struct Args {
     const u8* x;           // [*, x_stride] 16-bit floats
@@ -24,12 +24,10 @@ struct Args {
 
 constexpr int THREADS = 256;
 constexpr int N_TILE = 256;
-constexpr int OWN_TOKENS = TOKENS * K_GROUPS / 2;  // of a warpgroup
-constexpr int STEPS = K_TILES / K_GROUPS;          // of a warpgroup, 16 k each, in a stage
 constexpr int TILE_BYTES = 128 * BITS;
 constexpr int WORDS = BITS / 4;
 constexpr int CHUNK = 16 * K_TILES;
-static_assert(OWN_TOKENS == WGMMA_TOKENS && K_TILES % 4 == 0, "the caller counts otherwise");
+static_assert(TOKENS == WGMMA_TOKENS && K_TILES % 4 == 0, "the caller counts otherwise");
 
 constexpr bool GROUPED = GROUP_TILES > 0;
 constexpr int RUN = GROUPED && GROUP_TILES < K_TILES ? GROUP_TILES : K_TILES;  // k tiles under one scale
@@ -126,32 +124,51 @@ DEVICE void load_x(const Args& a, const u8* const (&rows)[X_ROWS], int chunk, u3
     }
 }
 
-// The sums of 16 k: registers of w for four wgmmas.
-DEVICE void dequantize_step(const u8* stage, int kt, u32 (&registers)[4][4]) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, run = kt / RUN;
-    const u8* weights = stage + WEIGHTS_AT + (kt * 4 + warp) * TILE_BYTES + lane * 16 * WORDS;
-    Quad q[WORDS];
+// Of one run of k, for the outputs of this lane: (g, g + 8) twice.
+struct Grid { u32 low[2], high[2], zeros[BITS / 4]; };
+
+DEVICE void read_grid(const u8* stage, int run, Grid& grid) {
+    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4;
+    if (GROUPED) {
+        const u32* scales = reinterpret_cast<const u32*>(stage + SCALES_AT + run * SCALE_BYTES + warp * 128 + g * 16);
 #pragma unroll
-    for (int h = 0; h < WORDS; ++h) q[h] = *reinterpret_cast<const Quad*>(weights + 16 * h);
-    Quad scales;
-    if (GROUPED)
-        scales = *reinterpret_cast<const Quad*>(stage + SCALES_AT + run * SCALE_BYTES + warp * 128 + g * 16);
-    u32 zeros[BITS / 4];
+        for (int j = 0; j < 2; ++j) {
+            const u32 pair = scales[2 * group + j];
+            grid.low[j] = bytes<0x1010>(pair);
+            grid.high[j] = bytes<0x3232>(pair);
+        }
+    }
+    // Of 4 bits, the four blocks of 16 outputs are in one word; of 8, two are.
 #pragma unroll
     for (int i = 0; i < BITS / 4; ++i)
-        zeros[i] = !ASYM ? 0
-                         : *reinterpret_cast<const u32*>(stage + ZEROS_AT + run * ZERO_BYTES + warp * 8 * BITS +
-                                                         g * BITS + 4 * i);
+        grid.zeros[i] = !ASYM ? 0
+                              : *reinterpret_cast<const u32*>(stage + ZEROS_AT + run * ZERO_BYTES +
+                                                              warp * 8 * BITS + g * BITS + 4 * i);
+}
+
+// Of 16 k: operand a of two wgmmas.
+DEVICE void dequantize_step(const u8* stage, int kt, const Grid& grid, u32 (&registers)[2][4]) {
+    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const u8* weights = stage + WEIGHTS_AT + (kt * 4 + warp) * TILE_BYTES + lane * 16 * WORDS;
+    u32 q[2 * WORDS];
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-        u32(&r)[4] = registers[w];
-        dequantize(r, &q[w * WORDS / 4].v[w * WORDS % 4], zero_of(zeros, w));
+    for (int i = 0; i < WORDS; ++i) {
+        const u64 two = reinterpret_cast<const u64*>(weights + group * 8 * WORDS)[i];
+        q[2 * i] = u32(two), q[2 * i + 1] = u32(two >> 32);
+    }
+    u32 zeros[BITS / 4];  // those of this warpgroup's outputs first
+#pragma unroll
+    for (int i = 0; i < BITS / 4; ++i)
+        zeros[i] = BITS == 4 ? grid.zeros[0] >> (8 * group) : grid.zeros[group];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        u32(&r)[4] = registers[j];
+        dequantize(r, q + j * WORDS, zero_of(zeros, j));
         if (GROUPED) {
-            const u32 low = bytes<0x1010>(scales.v[w]), high = bytes<0x3232>(scales.v[w]);
-            r[0] = multiply2(r[0], low);
-            r[1] = multiply2(r[1], high);
-            r[2] = multiply2(r[2], low);
-            r[3] = multiply2(r[3], high);
+            r[0] = multiply2(r[0], grid.low[j]);
+            r[1] = multiply2(r[1], grid.high[j]);
+            r[2] = multiply2(r[2], grid.low[j]);
+            r[3] = multiply2(r[3], grid.high[j]);
         }
     }
 }
@@ -181,24 +198,17 @@ DEVICE void store(const Args& a, const Place& p, int row, int n, Float4 f) {
         if (n + i < a.N) to[i] = u16((i < 2 ? low : high) >> (16 * (i % 2)));
 }
 
-// Add up the warpgroups, and the blocks of the cluster.
-DEVICE void finish(const Args& a, const Place& p, const float (&sums)[4][OWN_TOKENS / 2], u8* shared) {
+// Add up the blocks of the cluster.
+DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS / 2], u8* shared) {
     const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     float* added = reinterpret_cast<float*>(shared);
-    float* to = added + ((K_GROUPS == 1 ? group * OWN_TOKENS : 0) + lane % 4 * 2) * SUM_STRIDE + warp * 64 + lane / 4;
+    float* to = added + lane % 4 * 2 * SUM_STRIDE + warp * 64 + group * 32 + lane / 4;
 #pragma unroll
-    for (int turn = 0; turn < K_GROUPS; ++turn) {
-        if (K_GROUPS == 1 || group == turn) {
+    for (int j = 0; j < 2; ++j)
 #pragma unroll
-            for (int w = 0; w < 4; ++w)
-#pragma unroll
-                for (int i = 0; i < OWN_TOKENS / 2; ++i) {
-                    float* at = to + (i / 4 * 8 + i % 2) * SUM_STRIDE + w * 16 + i % 4 / 2 * 8;
-                    *at = turn ? *at + sums[w][i] : sums[w][i];
-                }
-        }
-        __syncthreads();
-    }
+        for (int i = 0; i < TOKENS / 2; ++i)
+            to[(i / 4 * 8 + i % 2) * SUM_STRIDE + j * 16 + i % 4 / 2 * 8] = sums[j][i];
+    __syncthreads();
     const u32 parts = cluster_size(), rank = cluster_rank();
     cluster_barrier();
     const int first = TOKENS * rank / parts, last = TOKENS * (rank + 1) / parts;
@@ -218,7 +228,7 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[4][OWN_TOK
     cluster_barrier();  // what others read stays
 }
 
-KERNEL(THREADS, BLOCKS) marlin_wide(const Args a) {
+KERNEL(THREADS, 1) marlin_wide(const Args a) {
     let_next_kernel_start();
     SHARED_MEMORY(memory);
     u8* shared = memory + (1024 - shared_address(memory) % 1024) % 1024;
@@ -254,9 +264,8 @@ KERNEL(THREADS, BLOCKS) marlin_wide(const Args a) {
         copy_commit();
     }
 
-    float sums[4][OWN_TOKENS / 2];  // the first wgmmas set them
-    u32 registers[2][4][4];
-    const int group = threadIdx.x / 128;
+    float sums[2][TOKENS / 2];  // the first wgmmas set them
+    u32 registers[2][2][4];
     int at = 0, to = AHEAD;
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
@@ -268,15 +277,15 @@ KERNEL(THREADS, BLOCKS) marlin_wide(const Args a) {
             load_x(a, rows, p.begin + i + AHEAD, base + to * STAGE_BYTES);
         }
         copy_commit();
+        Grid grid;
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            const int kt = K_GROUPS == 1 ? step : group * STEPS + step;
-            dequantize_step(shared + at * STAGE_BYTES, kt, registers[step % 2]);
-            const u32 x = base + at * STAGE_BYTES + kt / 4 * X_BYTES + kt % 4 * 32;
-            const u64 matrix = wgmma_matrix(x + (K_GROUPS == 1 ? group * OWN_TOKENS * 128 : 0));
+        for (int kt = 0; kt < K_TILES; ++kt) {
+            if (kt % RUN == 0) read_grid(shared + at * STAGE_BYTES, kt / RUN, grid);
+            dequantize_step(shared + at * STAGE_BYTES, kt, grid, registers[kt % 2]);
+            const u64 matrix = wgmma_matrix(base + at * STAGE_BYTES + kt / 4 * X_BYTES + kt % 4 * 32);
             wgmma_fence();
 #pragma unroll
-            for (int w = 0; w < 4; ++w) wgmma(sums[w], registers[step % 2][w], matrix, i + step > 0);
+            for (int j = 0; j < 2; ++j) wgmma(sums[j], registers[kt % 2][j], matrix, i + kt > 0);
             wgmma_commit();
             wgmma_wait<1>();
         }
