@@ -136,6 +136,10 @@ def gemm(x: Tensor, w: Weight, bias: Tensor | None, tile: Tile, out: Tensor, blo
     )
 
 
+def has_wgmma(x: Tensor) -> bool:
+    return device(x.get_device()).has_wgmma
+
+
 @functools.cache
 def wide_function(
     bits: int, bf16: bool, asym: bool, group_tiles: int, moe: bool, tile: WideTile, index: int

@@ -44,7 +44,6 @@ class _Config(ctypes.Structure):
     )
 
 
-
 @functools.cache
 def _attributes(overlap: bool, cluster: int) -> ctypes.Array[_Attribute]:
     chosen = []

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from gptq_fx.kernels.marlin import gemm
 from gptq_fx.kernels.marlin.gemm import Weight
-from gptq_fx.kernels.marlin.variants import PERMUTED_ROWS, Tile, WideTile, tile_for, wide_tile_for
+from gptq_fx.kernels.marlin.variants import ORDERED_TOKENS, Tile, WideTile, tile_for, wide_tile_for
 from gptq_fx.ops import define_opaque
 
 # Rows of x beyond which dequantizing and a dense GEMM are the faster way.
 MANY_ROWS = 256
+# Rows of x beyond which x is put into the order of act-order once, not by each block that reads it.
+PERMUTED_ROWS = 2
 # Rows of x beyond which wgmma is faster, where there is such.
 FEW_ROWS = 16
 # Outputs from which they may do so: for fewer, cuBLAS splits its sum and rounds the parts to x's dtype.
@@ -69,7 +71,7 @@ def linear(
 
 def _tile(rows: int, w: Weight, x: Tensor) -> Tile | WideTile:
     """For so many rows of one weight."""
-    if rows > FEW_ROWS and w.perm is None and gemm.device(x.get_device()).has_wgmma:
+    if rows > FEW_ROWS and w.perm is None and gemm.has_wgmma(x):
         return wide_tile_for(rows)
     return tile_for(rows, w.bits)
 
@@ -107,7 +109,7 @@ marlin_linear = define_opaque(
 
 def _stack_tile(rows: int, experts: int, w: Weight, x: Tensor) -> Tile | WideTile:
     """For as many rows as an expert has in the mean."""
-    most = PERMUTED_ROWS if w.perm is not None else 128
+    most = ORDERED_TOKENS if w.perm is not None else 128
     return _tile(min(int(rows / experts / FILLED), most), w, x)
 
 

@@ -33,8 +33,8 @@ class Tile:
 
 # For up to so many rows of x, by bits. Larger inputs are cut into blocks of the last.
 TILES: dict[int, tuple[Tile, ...]] = {
-    4: (Tile(8, 2, 4, 4), Tile(16, 2, 4, 4, 1), Tile(32, 2, 4, 2), Tile(48, 4, 2, 4, 1), Tile(64, 4, 2, 4, 1)),
-    8: (Tile(8, 2, 4, 2), Tile(16, 2, 4, 2), Tile(32, 2, 4, 2), Tile(48, 4, 2, 2, 1), Tile(64, 4, 2, 2, 1)),
+    4: (Tile(8, 2, 4, 4), Tile(16, 2, 4, 4, 1), Tile(32, 2, 4, 2), Tile(64, 4, 2, 4, 1)),
+    8: (Tile(8, 2, 4, 2), Tile(16, 2, 4, 2), Tile(32, 2, 4, 2), Tile(64, 4, 2, 2, 1)),
 }
 
 
@@ -161,8 +161,8 @@ class WideVariant:
             "SHARED": self.shared_bytes(stages),
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
-        constants = head | constants | wgmma_operands(tile.tokens)
-        return _join(constants, text("ptx.cuh"), text("dequantize.cuh"), text("wide.cu"))
+        operands = wgmma_operands(tile.tokens)
+        return _join(head | constants | operands, text("ptx.cuh"), text("dequantize.cuh"), text("wide.cu"))
 
 
 MOST_WIDE_STAGES = 8
@@ -198,8 +198,8 @@ def wgmma_operands(tokens: int) -> dict[str, int | str]:
     }
 
 
-# Rows of x beyond which x is put into the order of act-order once, not by each block that reads it.
-PERMUTED_ROWS = 16
+# Rows of the largest tile that reads x in the order of act-order; one of a stack has no other way.
+ORDERED_TOKENS = 16
 
 
 def every() -> Iterator[Variant]:
@@ -208,7 +208,7 @@ def every() -> Iterator[Variant]:
     grids = itertools.product(TILES, flags, flags, (0, 2, 4, 8), flags, flags)
     for bits, bf16, asym, group_tiles, perm, moe in grids:
         for tile in TILES[bits]:
-            if not perm or tile.tokens <= PERMUTED_ROWS:
+            if not perm or tile.tokens <= ORDERED_TOKENS:
                 yield Variant(bits, bf16, asym, group_tiles, perm, moe, tile)
 
 
