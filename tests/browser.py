@@ -27,14 +27,14 @@ def run(page: Path, script: str) -> Any:
     Returns {"value": ..., "errors": [...], "loaded": [addresses of what the page fetched]}.
     """
     watch = "<script>window.errors=[];addEventListener('error',e=>errors.push(e.message),true)</script>"
-    act = f"""<script>
+    act = f"""<script>{{
     const value = (() => {{ {script} }})();
     const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
     const found = document.createElement("pre");
     found.id = "found";
     found.textContent = JSON.stringify({{ value, errors, loaded }});
     document.body.append(found);
-    </script>"""
+    }}</script>"""
     driven = page.with_suffix(".driven.html")
     text = page.read_text().replace("<head>", f"<head>{watch}").replace("</body>", f"{act}</body>")
     driven.write_text(text)
