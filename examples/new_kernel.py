@@ -43,7 +43,7 @@ def cut(tensors: Tensors, spec: LinearSpec, start: int, stop: int) -> Tensors:
 
 
 KERNEL = Kernel(
-    name="bytes",
+    name="bytewise",
     device="cpu",
     order=50,  # asked before cpu_int4, which has 100
     available=lambda: None,

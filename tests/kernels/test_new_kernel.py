@@ -38,7 +38,7 @@ def test_main_registers_it_and_the_model_runs_by_it(
 ) -> None:
     new_kernel.main([])
     *table, last = capsys.readouterr().out.splitlines()
-    assert sum("  bytes  " in line for line in table) == 2
+    assert sum("  bytewise  " in line for line in table) == 2
     assert float(last.rpartition(" ")[2]) < 1e-5
     with pytest.raises(KernelError, match="registered already"):
         new_kernel.main([])
@@ -63,4 +63,4 @@ def test_what_it_refuses_goes_to_another_with_its_reason(new_kernel: ModuleType)
     spec = contract.make_spec("cpu", 208, 384, torch.float32, 8, 64, False)
     kernel, why = choose_kernel(spec)
     assert kernel is get_kernel("reference")
-    assert "bytes: no zero points" in why
+    assert "bytewise: no zero points" in why
