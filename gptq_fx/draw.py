@@ -148,9 +148,11 @@ class _Column:
         leaves = [name.rpartition(".")[2].removesuffix("_proj") for name in call.weights]
         tip = "\n".join([*call.weights, call.fate])
         self._box(x, WIDTH, HEIGHT, "packed" if call.op.startswith("gptq.") else "dense", [i], tip)
-        self._text(x, self.y + 17, " | ".join(leaves))
-        self._text(x, self.y + 33, call.op.lstrip("_"), "op")
-        self._text(x, self.y + 48, _short(call.fate, call.op, call.quantized), "fate")
+        below = _short(call)
+        top = self.y + (17 if below else 25)
+        self._text(x, top, " | ".join(leaves))
+        self._text(x, top + 16, call.op.lstrip("_"), "op")
+        self._text(x, top + 31, below, "fate")
 
     def _box(self, x: float, width: float, height: float, kind: str, calls: Iterable[int], tip: str) -> None:
         for i in calls:
@@ -165,6 +167,8 @@ class _Column:
         self._text(self.width - 20, bottom - 8, f"{times} times", "times")
 
     def _text(self, x: float, y: float, text: str, kind: str = "") -> None:
+        if not text:
+            return
         shown = text if len(text) <= 60 else text[:57] + "..."
         name = f' class="{kind}"' if kind else ""
         self.parts.append(f'<text{name} x="{x:g}" y="{y:g}">{escape(shown)}</text>')
@@ -189,8 +193,8 @@ class _Column:
         return [f'<path class="edge" d="{line}"/>' for line in lines]
 
 
-def _short(fate: str, op: str, quantized: bool) -> str:
+def _short(call: Call) -> str:
     """What fits into a box: scheme and kernel of what is quantized, once it is."""
-    if not quantized:
+    if not call.quantized:
         return "stays dense"
-    return fate if op.startswith("gptq.") else ""
+    return call.fate if call.op.startswith("gptq.") else ""
