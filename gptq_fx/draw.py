@@ -16,6 +16,7 @@ from gptq_fx.sketch import Call, GraphRecord
 WIDTH, HEIGHT, GAP, MARGIN = 164, 56, 24, 30  # of the box of a linear, and the space around it
 FOLDED = 38  # height of a box of folded calls
 TOP = 64
+MOST = 6  # linears side by side that are drawn each by itself
 # Calls that only give a tensor another form; a folded box is not named after them.
 FORMS = """
 _log_api_usage_once chunk clone contiguous expand flatten float getitem permute reshape size split squeeze to
@@ -79,6 +80,8 @@ def repeats(signs: Sequence[object]) -> Iterator[tuple[int, int, int]]:
     while start < len(signs):
         best = (0, 1, 1)
         for length in range(1, (len(signs) - start) // 2 + 1):
+            if signs[start] != signs[start + length]:
+                continue
             period, times = signs[start : start + length], 1
             while signs[start + times * length : start + (times + 1) * length] == period:
                 times += 1
@@ -94,7 +97,7 @@ class _Column:
     def __init__(self, when: str, calls: Sequence[Call]) -> None:
         self.calls, self.parts = calls, list[str]()
         found = rows(calls)
-        widest = max((len(row.calls) for row in found if row.linears), default=1)
+        widest = max((len(self._groups(row)) for row in found if row.linears), default=1)
         self.width = 2 * MARGIN + max(2, widest) * (WIDTH + 10) + 20
         self.middle = self.width / 2
         self._text(self.middle, 26, when, "title")
@@ -102,7 +105,7 @@ class _Column:
         self.y: float = TOP
         self.boxes: dict[int, tuple[float, float, float]] = {}  # call -> middle, top and bottom of its box
         self.levels = {i: row.level for row in found for i in row.calls}
-        for start, length, times in repeats([self._sign(row) for row in found]):
+        for start, length, times in repeats([repr(self._sign(row)) for row in found]):
             top = self.y
             for n, row in enumerate(found[start : start + length]):
                 self._row(row)
@@ -117,10 +120,24 @@ class _Column:
 
     def _sign(self, row: Row) -> object:
         """What two rows of equal layers have in common."""
-        calls = [self.calls[i] for i in row.calls]
-        if row.linears:
-            return [(c.op, re.sub(r"\d+", "#", " ".join(c.weights)), c.output, c.fate) for c in calls]
-        return sorted({c.op for c in calls} - set(FORMS.split()))
+        return [self._kind(i) for i in row.calls] if row.linears else self._named(row)
+
+    def _kind(self, i: int) -> tuple[str, ...]:
+        """What two linears have in common that differ only in the numbers of their path."""
+        call = self.calls[i]
+        return call.op, re.sub(r"\d+", "#", " ".join(call.weights)), call.output, call.fate
+
+    def _groups(self, row: Row) -> list[list[int]]:
+        """The linears of a row box by box: those of one kind share one where there are too many."""
+        groups: dict[object, list[int]] = {}
+        for i in row.calls:
+            groups.setdefault(i if len(row.calls) <= MOST else self._kind(i), []).append(i)
+        return list(groups.values())
+
+    def _named(self, row: Row) -> list[str]:
+        """The ops that a folded box is named after, the longest name, which says most, first."""
+        names = {self.calls[i].op for i in row.calls} - set(FORMS.split())
+        return sorted(names, key=lambda name: (-len(name), name))
 
     def _twins(self, row: Row, other: Row) -> tuple[int, ...]:
         """For each call of `other`, which is not drawn, one of the equal row that is."""
@@ -128,14 +145,13 @@ class _Column:
 
     def _row(self, row: Row) -> None:
         if row.linears:
-            left = self.middle - (len(row.calls) - 1) * (WIDTH + 10) / 2
-            for n, i in enumerate(row.calls):
-                self._linear(left + n * (WIDTH + 10), i)
+            groups = self._groups(row)
+            left = self.middle - (len(groups) - 1) * (WIDTH + 10) / 2
+            for n, group in enumerate(groups):
+                self._linear(left + n * (WIDTH + 10), group)
             self.y += HEIGHT + GAP
             return
-        names = sorted(
-            {self.calls[i].op for i in row.calls} - set(FORMS.split()), key=lambda name: (-len(name), name)
-        )
+        names = self._named(row)
         what = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         width = min(self.width - 2 * MARGIN, max(150, 7 * len(what) + 20))
         self._box(self.middle, width, FOLDED, "folded", row.calls, "")
@@ -143,14 +159,14 @@ class _Column:
         self._text(self.middle, self.y + 30, what, "op")
         self.y += FOLDED + GAP
 
-    def _linear(self, x: float, i: int) -> None:
-        call = self.calls[i]
+    def _linear(self, x: float, group: Sequence[int]) -> None:
+        call, times = self.calls[group[0]], f" x {len(group)}" if len(group) > 1 else ""
         leaves = [name.rpartition(".")[2].removesuffix("_proj") for name in call.weights]
         tip = "\n".join([*call.weights, call.fate])
-        self._box(x, WIDTH, HEIGHT, "packed" if call.op.startswith("gptq.") else "dense", [i], tip)
+        self._box(x, WIDTH, HEIGHT, "packed" if call.op.startswith("gptq.") else "dense", group, tip)
         below = _short(call)
         top = self.y + (17 if below else 25)
-        self._text(x, top, " | ".join(leaves))
+        self._text(x, top, " | ".join(leaves) + times)
         self._text(x, top + 16, call.op.lstrip("_"), "op")
         self._text(x, top + 31, below, "fate")
 

@@ -29,7 +29,8 @@ class Call:
     node: its name in the graph. op: what it calls. output: dtype and shape of its result, such as
     "bfloat16[1, 8, 64]". inputs: positions of the calls whose results it takes.
     weights: paths of the linears whose weights it multiplies by. fate: "W4A16 g128 sym, cpu_int4" where
-    those are quantized; why not where they are dense; "" where there are none.
+    those are to be quantized; why not where they stay dense; "" where there are none.
+    quantized: which of the two.
     """
 
     node: str

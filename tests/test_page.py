@@ -201,6 +201,16 @@ def test_equal_layers_are_drawn_once() -> None:
     assert few.replace("3 times", "30 times").replace("6 calls", "60 calls") == many
 
 
+def test_many_linears_of_one_kind_share_a_box() -> None:
+    def drawn(count: int) -> str:
+        calls = (*chain("add"), *(Call(str(i), "linear", "", (0,), (f"e.{i}.up",)) for i in range(count)))
+        return svg(GraphRecord(calls, calls))
+
+    assert drawn(6).count('class="dense"') == 12
+    assert drawn(60).count('class="dense"') == 2
+    assert ">up x 60<" in drawn(60)
+
+
 # --- plot
 
 
