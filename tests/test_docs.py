@@ -11,6 +11,8 @@ import pytest
 import typer
 from models import byte_checkpoint, quantized
 
+from gptq_fx import Scheme
+from gptq_fx.checkpoint.describe import describe
 from gptq_fx.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +97,17 @@ def test_files_that_are_named_exist(page: Path) -> None:
         r"\b((?:examples|tests|gptq_fx|passes|docs)/[\w/.]+\.(?:py|md|sh|svg))\b", page.read_text()
     )
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_fields_of_a_checkpoint_are_those_of_its_page() -> None:
+    text = (ROOT / "docs" / "checkpoints-and-serving.md").read_text()
+    table = text.partition("| field | value |")[2].partition("\n\n")[0]
+    fields = {
+        name
+        for row in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    assert fields == set(describe({"a.q_proj": Scheme()}, [], set(), []))
 
 
 SOURCES = [*ROOT.glob("gptq_fx/**/*.py"), *ROOT.glob("passes/*.py")]
