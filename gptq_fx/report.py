@@ -122,12 +122,15 @@ class Report:
     def __str__(self) -> str:
         calibrated = any(s.loss is not None for s in self.sites)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("site", "kind", "shape", "scheme", "kernel"):
+        groups = _grouped(self.sites)
+        longest = max((len(name) for name, _ in groups), default=0)
+        table.add_column("site", overflow="fold", min_width=min(longest, 60))
+        for column in ("kind", "shape", "scheme", "kernel"):
             table.add_column(column, overflow="fold")
         for column in ("error", "bytes", "of dense", *(CALIBRATED if calibrated else ())):
             table.add_column(column, justify="right")
         table.add_column("why", overflow="fold")
-        for name, group in _grouped(self.sites):
+        for name, group in groups:
             *row, why = _row(name, group)
             table.add_row(*row, *(_calibration(group) if calibrated else ()), why)
         text = io.StringIO()
