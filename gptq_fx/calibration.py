@@ -258,7 +258,8 @@ class _Dequantized:
             return parameter
         if id(parameter) not in self.kept:
             dense = linear.quantized.weight.dequantize()
-            self.kept[id(parameter)] = dense.mT if linear.transposed else dense
+            # Rows one behind the other, as in the parameter: some CPUs multiply bf16 only so in reasonable time.
+            self.kept[id(parameter)] = (dense.mT if linear.transposed else dense).contiguous()
         return self.kept[id(parameter)]
 
     def clear(self) -> None:
