@@ -258,7 +258,7 @@ class _Dequantized:
             return parameter
         if id(parameter) not in self.kept:
             dense = linear.quantized.weight.dequantize()
-            # Rows one behind the other, as in the parameter: some CPUs multiply bf16 only so in reasonable time.
+            # Laid out as the parameter is: some CPUs multiply bf16 a dozen times slower otherwise.
             self.kept[id(parameter)] = (dense.mT if linear.transposed else dense).contiguous()
         return self.kept[id(parameter)]
 

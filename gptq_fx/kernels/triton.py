@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_fx.kernels.block import BLOCK_ARGUMENTS, block_fake
 from gptq_fx.kernels.registry import ExpertOps, Kernel, LinearSpec, Tensors, register
 from gptq_fx.ops import define_opaque
 from gptq_fx.weight import QuantizedWeight
@@ -174,11 +175,7 @@ def triton_indexed(
     return triton_launch.indexed(x.contiguous(), triton_launch.Packed(w, high, scales, zeros, bits), ids)
 
 
-@define_opaque(
-    "triton_experts(Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args) -> Tensor",
-    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
-)
+@define_opaque(f"triton_experts({BLOCK_ARGUMENTS}) -> Tensor", fake=block_fake)
 def triton_experts(
     x: Tensor,
     ids: Tensor,
