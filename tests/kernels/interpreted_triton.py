@@ -12,13 +12,17 @@ import test_contract as contract
 import torch
 from tolerances import LINEAR, relative_error
 
-from gptq_fx.kernels.triton import TRITON, pack, supports
+from gptq_fx.kernels.triton import TRITON, supports
+from gptq_fx.kernels.triton.layout import pack
+from gptq_fx.kernels.triton.weight import Packed
 from gptq_fx.scheme import BITS
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1", allow_module_level=True)
 
-from gptq_fx.kernels import triton_launch
+from gptq_fx.kernels.triton import linear, matmul, spelled_out
+from gptq_fx.kernels.triton.gemv import gemv
+from gptq_fx.kernels.triton.route import route
 
 HERE = replace(TRITON, device="cpu", available=lambda: None)
 DTYPES = list(LINEAR)
@@ -32,15 +36,15 @@ def test_every_algorithm_is_right(bits, sym):
     """Each of them, whatever rows it is meant for; groups of one, many and odd numbers of slabs; tails."""
     shapes = ((33, 96, 48), (24, 256, 64), (16, 72, -1), (16, 384, 128))
     algorithms = {
-        triton_launch.gemv: (1, 3),
-        triton_launch.matmul: (5, 40),
-        triton_launch.spelled_out: (9,),
+        gemv: (1, 3),
+        matmul.matmul: (5, 40),
+        spelled_out.spelled_out: (9,),
     }
     for number, (N, K, size) in enumerate(shapes):
         dtype = DTYPES[(number + bits + sym) % 3]
         spec = contract.make_spec("cpu", N, K, dtype, bits, size, sym)
         weight = contract.random_weight(spec)
-        packed = triton_launch.Packed.of(pack(weight, spec), bits)
+        packed = Packed.of(pack(weight, spec), bits)
         W, bias = weight.dequantize(torch.float64), contract.normal(N, like=spec)
         for algorithm, rows in algorithms.items():
             for M in rows:
@@ -55,32 +59,32 @@ def test_every_algorithm_is_right(bits, sym):
 def test_tiles_of_every_size(monkeypatch):
     spec = contract.make_spec("cpu", 96, 256, torch.float16, 4, 128, True)
     weight = contract.random_weight(spec)
-    packed = triton_launch.Packed.of(pack(weight, spec), 4)
+    packed = Packed.of(pack(weight, spec), 4)
     for M in (8, 30, 60, 130):
         x = contract.normal(M, 256, like=spec)
-        found = triton_launch.matmul(x, packed, None)
+        found = matmul.matmul(x, packed, None)
         expected = x.double() @ weight.dequantize(torch.float64).T
         assert relative_error(found, expected) <= LINEAR[torch.float16], M
     # K in parts, and a weight that is spelled out in three steps, of which the last is shorter
-    monkeypatch.setattr(triton_launch, "split", lambda programs, blocks, device: 2)
-    assert relative_error(triton_launch.matmul(x, packed, None), expected) <= LINEAR[torch.float16]
-    monkeypatch.setattr(triton_launch, "SPELLED_OUT", 1)
+    monkeypatch.setattr(matmul, "split", lambda programs, blocks, device: 2)
+    assert relative_error(matmul.matmul(x, packed, None), expected) <= LINEAR[torch.float16]
+    monkeypatch.setattr(spelled_out, "SPELLED_OUT", 1)
     spec = contract.make_spec("cpu", 300, 64, torch.float16, 4, 32, False)
     weight = contract.random_weight(spec)
-    packed = triton_launch.Packed.of(pack(weight, spec), 4)
+    packed = Packed.of(pack(weight, spec), 4)
     x = contract.normal(7, 64, like=spec)
     expected = x.double() @ weight.dequantize(torch.float64).T
-    assert relative_error(triton_launch.spelled_out(x, packed, None), expected) <= LINEAR[torch.float16]
+    assert relative_error(spelled_out.spelled_out(x, packed, None), expected) <= LINEAR[torch.float16]
 
 
 def test_rows_decide_the_algorithm(monkeypatch):
     called = []
     for name in ("gemv", "matmul", "spelled_out"):
-        monkeypatch.setattr(triton_launch, name, lambda x, w, b, name=name: called.append(name) or x)
+        monkeypatch.setattr(linear, name, lambda x, w, b, name=name: called.append(name) or x)
     spec = contract.make_spec("cpu", 16, 64, torch.float32, 4, -1, True)
-    packed = triton_launch.Packed.of(pack(contract.random_weight(spec), spec), 4)
-    for M in (1, triton_launch.GEMV_ROWS, triton_launch.GEMV_ROWS + 1, triton_launch.MATMUL_ROWS, 5000):
-        triton_launch.linear(torch.zeros(M, 64), packed, None)
+    packed = Packed.of(pack(contract.random_weight(spec), spec), 4)
+    for M in (1, linear.GEMV_ROWS, linear.GEMV_ROWS + 1, linear.MATMUL_ROWS, 5000):
+        linear.linear(torch.zeros(M, 64), packed, None)
     assert called == ["gemv", "gemv", "matmul", "matmul", "spelled_out"]
 
 
@@ -120,7 +124,7 @@ def test_blocks(activation, bits, dtype, E, size):
 def test_route_sorts_as_a_stable_sort_does(slots, experts):
     rng = torch.Generator().manual_seed(slots)
     ids = torch.randint(experts + 1, (slots,), generator=rng)
-    order, ends = triton_launch.route(ids, experts)
+    order, ends = route(ids, experts)
     counts = torch.bincount(ids, minlength=experts)[:experts]
     assert torch.equal(ends.long(), counts.cumsum(0))
     used = int(counts.sum())
