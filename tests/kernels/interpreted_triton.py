@@ -4,6 +4,7 @@ test_triton.py runs this file in a process of its own, since TRITON_INTERPRET=1 
 imported. By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_triton.py
 """
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -26,34 +27,34 @@ from gptq_fx.kernels.triton.route import route
 
 HERE = replace(TRITON, device="cpu", available=lambda: None)
 DTYPES = list(LINEAR)
-every_width = pytest.mark.parametrize("bits", BITS)
-every_grid = pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 
 
-@every_width
-@every_grid
-def test_every_algorithm_is_right(bits, sym):
-    """Each of them, whatever rows it is meant for; groups of one, many and odd numbers of slabs; tails."""
-    shapes = ((33, 96, 48), (24, 256, 64), (16, 72, -1), (16, 384, 128))
-    algorithms = {
-        gemv: (1, 3),
-        matmul.matmul: (5, 40),
-        spelled_out.spelled_out: (9,),
-    }
-    for number, (N, K, size) in enumerate(shapes):
-        dtype = DTYPES[(number + bits + sym) % 3]
-        spec = contract.make_spec("cpu", N, K, dtype, bits, size, sym)
-        weight = contract.random_weight(spec)
-        packed = Packed.of(pack(weight, spec), bits)
-        W, bias = weight.dequantize(torch.float64), contract.normal(N, like=spec)
-        for algorithm, rows in algorithms.items():
-            for M in rows:
-                x = contract.normal(M, K, like=spec)
-                expected = x.double() @ W.T + bias.double()
-                assert relative_error(algorithm(x, packed, bias), expected) <= LINEAR[dtype], (
-                    spec,
-                    algorithm,
-                )
+def _in_pairs(*parameters):
+    """Every combination of three values, each pair of them in one that is not slow."""
+    first, second, third = parameters
+    for (i, a), (j, b), (k, c) in itertools.product(enumerate(first), enumerate(second), enumerate(third)):
+        yield pytest.param(a, b, c, marks=() if (i + j + k) % 2 == 0 else pytest.mark.slow)
+
+
+# Groups of one, many and odd numbers of slabs; tails.
+SHAPES = ((33, 96, 48), (24, 256, 64), (16, 72, -1), (16, 384, 128))
+
+
+@pytest.mark.parametrize(("bits", "sym", "shape"), _in_pairs(BITS, (True, False), SHAPES))
+def test_every_algorithm_is_right(bits, sym, shape):
+    """Each of them, whatever rows it is meant for."""
+    N, K, size = shape
+    algorithms = {gemv: (1, 3), matmul.matmul: (5, 40), spelled_out.spelled_out: (9,)}
+    dtype = DTYPES[(SHAPES.index(shape) + bits + sym) % 3]
+    spec = contract.make_spec("cpu", N, K, dtype, bits, size, sym)
+    weight = contract.random_weight(spec)
+    packed = Packed.of(pack(weight, spec), bits)
+    W, bias = weight.dequantize(torch.float64), contract.normal(N, like=spec)
+    for algorithm, rows in algorithms.items():
+        for M in rows:
+            x = contract.normal(M, K, like=spec)
+            expected = x.double() @ W.T + bias.double()
+            assert relative_error(algorithm(x, packed, bias), expected) <= LINEAR[dtype], (algorithm, M)
 
 
 def test_tiles_of_every_size(monkeypatch):
@@ -99,11 +100,11 @@ def test_shapes_and_strides_of_x(dtype):
     assert HERE.call(torch.empty(0, 64, dtype=dtype), tensors, None, spec).shape == (0, 48)
 
 
-@every_width
-@every_grid
-def test_stacks(bits, sym):
+@pytest.mark.parametrize(("bits", "sym", "rows"), _in_pairs(BITS, (True, False), (3, 20)))
+def test_stacks(bits, sym, rows):
+    """Rows that read the weights of their own expert, and rows that are sorted."""
     dtype = DTYPES[(bits + sym) % 3]
-    contract.check_stack(HERE, "cpu", bits, sym, dtype, 5, 64 if sym else 32, rows=(3, 20))
+    contract.check_stack(HERE, "cpu", bits, sym, dtype, 5, 64 if sym else 32, rows=(rows,))
 
 
 def test_a_stack_of_many_experts():
@@ -113,11 +114,26 @@ def test_a_stack_of_many_experts():
 @pytest.mark.parametrize("activation", list(contract.ACTIVATIONS))
 @pytest.mark.parametrize(
     ("bits", "dtype", "E", "size"),
-    [(4, torch.bfloat16, 6, 32), (4, torch.float32, 40, -1), (3, torch.float16, 6, 32)],
+    [
+        (4, torch.bfloat16, 6, 32),
+        pytest.param(4, torch.float32, 40, -1, marks=pytest.mark.slow),
+        pytest.param(3, torch.float16, 6, 32, marks=pytest.mark.slow),
+    ],
 )
 def test_blocks(activation, bits, dtype, E, size):
     sym = with_bias = activation != "silu"
-    contract.check_block(HERE, "cpu", bits, sym, dtype, activation, with_bias, size, E, tokens=(1, 9))
+    _check_block(activation, bits, dtype, E, size, sym, with_bias)
+
+
+def test_blocks_of_3_bits_and_of_many_experts():
+    _check_block("gelu_tanh", 3, torch.float16, 6, 32, sym=True, with_bias=True)
+    _check_block("silu", 4, torch.float32, 40, -1, sym=False, with_bias=False)
+
+
+def _check_block(activation, bits, dtype, E, size, sym, with_bias):
+    contract.check_block(
+        HERE, "cpu", bits, sym, dtype, activation, with_bias, size, E, tokens=(1, 9), repeat=False
+    )
 
 
 @pytest.mark.parametrize(("slots", "experts"), [(1, 1), (7, 8), (64, 128), (700, 6), (4200, 20), (40, 1000)])

@@ -54,10 +54,11 @@ def test_without_a_gpu_it_says_so_and_another_kernel_runs():
 
 
 @needs_triton
-def test_the_interpreter_agrees_with_float64():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_interpreter_agrees_with_float64(which):
     """interpreted_triton.py, in a process where Triton interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("interpreted_triton.py"))],
         cwd=ROOT, env=environment, capture_output=True, text=True,
