@@ -40,7 +40,7 @@ def _in_pairs(*parameters):
 SHAPES = ((33, 96, 48), (24, 256, 64), (16, 72, -1), (16, 384, 128))
 
 
-@pytest.mark.parametrize(("bits", "sym", "shape"), _in_pairs(BITS, (True, False), SHAPES))
+@pytest.mark.parametrize(("bits", "sym", "shape"), list(_in_pairs(BITS, (True, False), SHAPES)))
 def test_every_algorithm_is_right(bits, sym, shape):
     """Each of them, whatever rows it is meant for."""
     N, K, size = shape
@@ -100,7 +100,7 @@ def test_shapes_and_strides_of_x(dtype):
     assert HERE.call(torch.empty(0, 64, dtype=dtype), tensors, None, spec).shape == (0, 48)
 
 
-@pytest.mark.parametrize(("bits", "sym", "rows"), _in_pairs(BITS, (True, False), (3, 20)))
+@pytest.mark.parametrize(("bits", "sym", "rows"), list(_in_pairs(BITS, (True, False), (3, 20))))
 def test_stacks(bits, sym, rows):
     """Rows that read the weights of their own expert, and rows that are sorted."""
     dtype = DTYPES[(bits + sym) % 3]
@@ -125,7 +125,7 @@ def _blocks():
         yield pytest.param(activation, name, marks=() if fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("activation", "name"), _blocks())
+@pytest.mark.parametrize(("activation", "name"), list(_blocks()))
 def test_blocks(activation, name):
     bits, dtype, E, size, tokens = BLOCKS[name]
     sym = with_bias = activation != "silu"
