@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gptq_fx.backend import make_plan
-from gptq_fx.batches import Batch, check_batches, for_calibration, record, valid_rows
+from gptq_fx.batches import Batch, check_batches, for_calibration, record, valid_expert_rows, valid_rows
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide
 from gptq_fx.errors import CalibrationError
@@ -23,7 +23,6 @@ from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import run as run_passes
 from gptq_fx.passes.calibrate import Run, Stage, StagedGraph, Tap, WeightOf
 from gptq_fx.passes.capture import capture
-from gptq_fx.passes.experts import expert_rows
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
 from gptq_fx.progress import bar
@@ -136,13 +135,13 @@ class _Job:
             pairs = zip(stage.sites, run.weights(stage), strict=True)
             linears = [self.find(site, weight) for site, weight in pairs]
             key = tuple(id(linear.parameter) for linear in linears if linear.waiting)
-            call = stage.sites[0].experts
+            call, batch = stage.sites[0].experts, self.batches[run.index]
             if stage.shareable:
                 self.shareable.update(key)
             if key and call is not None:
-                take(key, expert_rows(call, linears[0].dense.shape[0], run.env.__getitem__))
+                take(key, valid_expert_rows(run, call, linears[0].dense.shape[0], batch))
             elif key:
-                take(key, [valid_rows(run, x, self.batches[run.index])])
+                take(key, [valid_rows(run, x, batch)])
 
         return see
 
@@ -258,7 +257,8 @@ class _Dequantized:
             return parameter
         if id(parameter) not in self.kept:
             dense = linear.quantized.weight.dequantize()
-            self.kept[id(parameter)] = dense.mT if linear.transposed else dense
+            # Laid out as the parameter is: some CPUs multiply bf16 a dozen times slower otherwise.
+            self.kept[id(parameter)] = (dense.mT if linear.transposed else dense).contiguous()
         return self.kept[id(parameter)]
 
     def clear(self) -> None:

@@ -10,28 +10,17 @@ from torch import Tensor
 
 from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
-from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
-from gptq_fx.packed import PackedWeight, run_experts
+from gptq_fx.expert_calls import run_stack
+from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
+from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import Scheme
 from gptq_fx.state import copy_into, packed_of, state_of
 from gptq_fx.weight import QuantizedWeight
 
 aten = torch.ops.aten
 
-
 # What transposes arrive as -> the name they have in `spelling`.
 FLIPS = {aten.t.default: "t", aten.transpose.int: "transpose", aten.permute.default: "permute"}
-
-
-# Calls that multiply a batch of matrices by a stack of experts.
-BMM = (
-    torch.bmm,
-    torch.matmul,
-    torch.Tensor.bmm,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    aten.bmm.default,
-)
 
 
 class QuantizedParameter(torch.Tensor):
@@ -182,9 +171,9 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
-        experts = _experts(cls, func, args, kwargs)
-        if experts is not None:
-            return experts
+        y = run_stack(cls, func, args, kwargs)
+        if y is not None:
+            return y
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -197,9 +186,9 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
-        experts = _experts(cls, func, args, kwargs)
-        if experts is not None:
-            return experts
+        y = run_stack(cls, func, args, kwargs)
+        if y is not None:
+            return y
         if self is not None:
             if func in (aten.detach.default, aten.alias.default):
                 return self._alias(self._packed)
@@ -232,41 +221,6 @@ class QuantizedParameter(torch.Tensor):
 
 def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
-
-
-def _experts(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The result of a call that takes a stack of experts, or None."""
-    whole = spelling.read_block(func, args, kwargs)
-    if whole is not None:
-        return _block(whole)
-    call = spelling.read_grouped(func, args, kwargs)
-    if call is not None and isinstance(call.weight, cls) and not isinstance(call.x, cls):
-        return call.weight.grouped(call.x, call.ends, call.transposed)  # type: ignore[attr-defined,no-any-return]
-    if func in BMM and isinstance(args[1], QuantizedParameter) and args[1].ndim == args[0].ndim == 3:
-        x, weight = args
-        ends = torch.arange(1, x.shape[0] + 1, device=x.device) * x.shape[1]
-        y = weight.grouped(x.reshape(-1, x.shape[-1]), ends, True)
-        return y.reshape(*x.shape[:2], y.shape[-1])  # type: ignore[no-any-return]
-    if func is torch.Tensor.__getitem__ and args[0].ndim == 3 and isinstance(args[0], cls):
-        ids = args[1] if isinstance(args[1], Tensor) else torch.as_tensor(args[1])
-        if ids.dtype in (torch.int64, torch.int32):
-            return args[0].select(ids)  # type: ignore[attr-defined,no-any-return]
-    return None
-
-
-def _block(call: spelling.Block) -> Tensor:
-    """gptq::quantized_experts on QuantizedParameters."""
-    stacks = (call.gate_up, call.down)
-    for stack in stacks:
-        if not isinstance(stack, QuantizedParameter) or stack.ndim != 3:
-            raise DenseUseError(
-                "gptq::quantized_experts: found a dense stack beside a quantized one. Legal: both of a kind"
-            )
-    packs = [stack._packed for stack in stacks]
-    if None in packs or type(call.x) not in (Tensor, torch.nn.Parameter):
-        y: Tensor = handle_block(*call._replace(gate_up=stacks[0].handle, down=stacks[1].handle))
-        return y
-    return run_experts(*call._replace(gate_up=packs[0], down=packs[1]))
 
 
 def _flat(args: Any) -> Any:

@@ -255,8 +255,8 @@ EXPERTS = {
 
 def _spread(model: nn.Module) -> nn.Module:
     """Biases and norms as unlike their initial zeros and ones as those of a trained model."""
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("_bias"):
             parameter.data.add_(0.05 * torch.randn_like(parameter))
         elif parameter.ndim == 3:  # stacks of experts start as uninitialised memory
             parameter.data.normal_(0, 0.05)

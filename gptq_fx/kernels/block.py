@@ -70,12 +70,18 @@ def run_block(
     return weighted.sum(1).to(x.dtype)
 
 
-@define_opaque(
-    "experts(Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, Tensor? gate_up_bias, "
-    "Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args, str gate_up_kernel, "
-    "str down_kernel) -> Tensor",
-    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+# The arguments of a kernel's own op for the block: those of gptq::experts less the names of the kernels.
+BLOCK_ARGUMENTS = (
+    "Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, Tensor? gate_up_bias, "
+    "Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args"
 )
+
+
+def block_fake(x: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@define_opaque(f"experts({BLOCK_ARGUMENTS}, str gate_up_kernel, str down_kernel) -> Tensor", fake=block_fake)
 def experts(
     x: Tensor,
     ids: Tensor,

@@ -19,14 +19,12 @@ from torch import Tensor
 from gptq_fx.kernels.cpu_dequantize import BLOCK, dequantize_blocks
 from gptq_fx.kernels.cpu_experts import CPU_EXPERTS
 from gptq_fx.kernels.registry import Kernel, LinearSpec, Tensors, register
-from gptq_fx.ops import define, define_opaque
+from gptq_fx.ops import define, define_opaque, product_dtype
 from gptq_fx.weight import QuantizedWeight
 
 # Rows up to which aten's kernel is the faster one; examples/benchmarks/cpu_rows.py prints the table.
 FEW_ROWS = 28
 GROUP_SIZES = (256, 128, 64, 32)
-# Without AVX512 torch multiplies bf16 by plain loops, a hundred times slower than fp32.
-FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 CHUNK = 2**20  # numbers dequantized at a time: 2 MiB of bf16, which stay in cache
 
 
@@ -145,14 +143,14 @@ def cpu_int4_many_rows(x: Tensor, packed: Tensor, scales_mins: Tensor, out: Tens
     """x bf16 [M, K] -> out [M, N]: dequantize as many outputs as stay in cache, multiply, go on."""
     M, K = x.shape
     N = packed.shape[0]
-    rows = x if FAST_BF16 else x.float()
+    rows = x.to(product_dtype("cpu", x.dtype))
     step = max(CHUNK // K // BLOCK, 1) * BLOCK
     for start in range(0, N, step):
         part = slice(start, min(start + step, N))
         n = part.stop - start
         weight = _buffer("weight", K * n, x).view(K, n)
         _dequantize(packed[part], scales_mins[:, part], weight)
-        if not FAST_BF16:
+        if rows.dtype != x.dtype:
             weight = _buffer("wide", K * n, rows).view(K, n).copy_(weight)
         product = _buffer("product", M * n, rows).view(M, n)
         out[:, part] = torch.mm(rows, weight, out=product)
