@@ -1,0 +1,40 @@
+"""What holds while the bytes of weights are made: none of the caller's modes, and one thread at a time.
+
+Whoever runs a model first packs its weights, in whatever mode and thread that happens to be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """No gradients, no autocast (which would round what weights are made of), and no inference mode
+    (whose tensors autograd refuses later)."""
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+        yield
+
+
+@contextlib.contextmanager
+def packing() -> Iterator[None]:
+    """Plain modes, and no other thread that packs weights."""
+    with _lock, plain():
+        yield
+
+
+def _unlock() -> None:
+    """A forked process has only the thread that forked it: nobody would release the lock of another."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_unlock)
