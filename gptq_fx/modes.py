@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 _lock = threading.RLock()
 
@@ -21,6 +22,16 @@ def plain() -> Iterator[None]:
     (whose tensors autograd refuses later)."""
     with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         yield
+
+
+def as_autocast(run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """run(x) of a linear. Where autocast is on, the result has its dtype, as that of a dense linear has; what it
+    is computed in is `dtype`, that of the quantized weight, which is all that kernels know."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return run(x)
+    with torch._C._DisableAutocast():
+        return run(x.to(dtype)).to(torch.get_autocast_dtype(device))
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ class PackedWeight:
         such order, or its groups differ in size.
     error: ||W - W_quantized|| / ||W|| when it was quantized, where it was measured.
     handle: a number that names this object to ops of a graph (int64 [] on the host).
-    changes: another number whenever any weight of the process is given a pack.
+    changes: another number whenever any weight of the process is given a pack, or a parameter.
     """
 
     changes = 0
@@ -94,7 +94,11 @@ class PackedWeight:
     @pack.setter
     def pack(self, pack: Pack) -> None:
         self._pack = pack
-        PackedWeight.changes = next(_CHANGES)  # behind the pack: who sees the number sees the pack
+        self.count_change()  # behind the pack: who sees the number sees the pack
+
+    @staticmethod
+    def count_change() -> None:
+        PackedWeight.changes = next(_CHANGES)
 
     kernel = property(lambda self: self._pack.kernel)
     layout = property(lambda self: self._pack.layout)

@@ -21,19 +21,19 @@ from gptq_fx.passes.plan import Operand, Order
 
 
 class _Answer(NamedTuple):
-    """The bytes of each weight, and the tensors that were found for them when PackedWeight.changes was so."""
+    """The tensors that were found for parameters of these ids when PackedWeight.changes was so."""
 
     changes: int
-    weights: Sequence[weakref.ref[PackedWeight]]
+    weights: Sequence[int]
     tensors: Sequence[weakref.ref[Tensor]]
 
 
 class Resolver:
     """sources: in the order in which the graph takes their tensors, each with the positions of its weights.
 
-    The last answer is kept by weak references: a model that nothing else holds is freed. They are to the bytes,
-    not to the parameters: torch moves a model to another device by swapping its parameters, and cannot swap
-    one that has weak references.
+    The last answer holds nothing, so that a model that nothing else holds is freed. It has no weak references to
+    parameters, either: torch moves a model to another device by swapping its parameters, and cannot swap one that
+    has some. Their ids will do, since whatever comes to live at the address of a parameter counts as a change.
     """
 
     def __init__(self, sources: Sequence[tuple[Operand | Order, tuple[int, ...]]]) -> None:
@@ -44,8 +44,8 @@ class Resolver:
     def __call__(self, args: Sequence[Any]) -> list[Tensor]:
         last = self.last  # read once, and replaced as one: threads may share a graph, with other weights
         if last.changes == PackedWeight.changes:
-            weights = [getattr(args[i], "_packed", None) for i in self.positions]
-            if all(map(operator.is_, weights, [known() for known in last.weights])):
+            weights = [id(args[i]) for i in self.positions]
+            if weights == last.weights:
                 tensors = [known() for known in last.tensors]
                 if not any(map(operator.is_, tensors, itertools.repeat(None))):
                     return tensors  # type: ignore[return-value]
@@ -59,6 +59,5 @@ class Resolver:
         weights = [args[i] for i in self.positions]
         # What is made of a dense weight is found again by looking at its numbers, at every call.
         if all(type(w) is QuantizedParameter for w in weights):
-            found = [weakref.ref(w.packed) for w in weights]
-            self.last = _Answer(changes, found, [weakref.ref(t) for t in tensors])
+            self.last = _Answer(changes, [id(w) for w in weights], [weakref.ref(t) for t in tensors])
         return tensors
