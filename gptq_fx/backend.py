@@ -49,6 +49,7 @@ def backend(
     plan = make_plan(
         graph, values, parsed.config, kernel=parsed.kernel, explicit=parsed.explicit, root=running_module()
     )
+    plan.skip, plan.dump = parsed.skip, parsed.dump
     passes.run(graph, plan)
     return Compiled(graph, plan, values, parsed)
 

@@ -189,6 +189,11 @@ def live(handle: Tensor) -> PackedWeight:
     return _LIVE[int(handle)]
 
 
+def living() -> list[PackedWeight]:
+    """Every weight of the process."""
+    return list(_LIVE.values())
+
+
 def run_experts(
     x: Tensor,
     ids: Tensor,

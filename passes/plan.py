@@ -145,6 +145,7 @@ class Plan:
     values: the real input of each placeholder that the tracer made.
     names: placeholder -> the paths of its parameter.
     explicit: the user gave options (they then apply to weights that `quantize` left dense).
+    skip: names of passes that do not run. dump: a folder to write the stages of the graph to, or None.
     """
 
     config: GPTQConfig
@@ -152,6 +153,8 @@ class Plan:
     values: dict[fx.Node, Any]
     names: Callable[[fx.Node], tuple[str, ...]]
     explicit: bool = False
+    skip: frozenset[str] = frozenset()
+    dump: str | None = None
     sites: list[Site] = field(default_factory=list)
     operands: list[Operand] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)

@@ -12,6 +12,7 @@ from gptq_fx.kernels import LinearSpec, get_kernel
 from gptq_fx.passes.experts import insert, insert_block
 from gptq_fx.passes.match import read
 from gptq_fx.passes.plan import Operand, Plan, Site
+from gptq_fx.passes.rewrites import allowed
 from gptq_fx.passes.writes import writes_before
 from gptq_fx.weight import packed_rows
 
@@ -30,11 +31,15 @@ def swap(gm: fx.GraphModule, plan: Plan) -> int:
             calls.setdefault(site.node, []).append(site)
     casts: dict[object, fx.Node] = {}
     writes = writes_before(gm)
+    count = 0
     for node, sites in calls.items():
+        if not allowed("swap", ", ".join(site.name for site in sites)):
+            return count
         specs = [site.quantized(plan.tensor(site.weight)).spec for site in sites]
         _cast_input(gm, node, sites, specs[0].dtype, casts, writes[node])
         plan.operands += _swap(gm, plan, node, sites, specs)
-    return len(calls)
+        count += 1
+    return count
 
 
 def _cast_input(
