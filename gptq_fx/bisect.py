@@ -20,7 +20,8 @@ def bisect(check: Callable[[], object]) -> Rewrite:
     check: compiles with backend="gptq", runs, and compares. It fails by raising an exception, or by returning
         False.
     Before each call Dynamo is reset, and every quantized weight goes back to its canonical form; no other
-    thread should compile meanwhile. Raises GPTQError where `check` fails without any rewrite, or holds with all.
+    thread should compile meanwhile. Raises GPTQError where `check` fails without any rewrite, or holds with
+    all.
     """
     before = os.environ.get(VARIABLE)
     try:
@@ -38,7 +39,9 @@ def bisect(check: Callable[[], object]) -> Rewrite:
                 good = middle
             else:
                 last = rewrites.last()
-                assert last is not None and last.number == middle, "the check does not always compile the same"
+                assert last is not None and last.number == middle, (
+                    "the check does not always compile the same"
+                )
                 found = last
         return found
     finally:

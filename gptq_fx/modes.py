@@ -25,8 +25,8 @@ def plain() -> Iterator[None]:
 
 
 def as_autocast(run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """run(x) of a linear. Where autocast is on, the result has its dtype, as that of a dense linear has; what it
-    is computed in is `dtype`, that of the quantized weight, which is all that kernels know."""
+    """run(x) of a linear. Where autocast is on, the result has its dtype, as that of a dense linear has; it is
+    computed in `dtype`, that of the quantized weight, which is all that kernels know."""
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return run(x)

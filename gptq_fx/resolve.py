@@ -31,9 +31,9 @@ class _Answer(NamedTuple):
 class Resolver:
     """sources: in the order in which the graph takes their tensors, each with the positions of its weights.
 
-    The last answer holds nothing, so that a model that nothing else holds is freed. It has no weak references to
-    parameters, either: torch moves a model to another device by swapping its parameters, and cannot swap one that
-    has some. Their ids will do, since whatever comes to live at the address of a parameter counts as a change.
+    The last answer holds nothing, so that a model that nothing else holds is freed. It has no weak references
+    to parameters, either: torch moves a model to another device by swapping its parameters, and cannot swap
+    one that has some. Their ids will do: a new parameter, whose address might be an old one's, is a change.
     """
 
     def __init__(self, sources: Sequence[tuple[Operand | Order, tuple[int, ...]]]) -> None:

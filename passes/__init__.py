@@ -48,7 +48,7 @@ _timings: dict[str, float] = {}
 def run(gm: fx.GraphModule, plan: Plan, passes: Sequence[Pass] = PIPELINE) -> None:
     """Rewrite the graph in place, with a file for each stage where plan.dump or GPTQ_FX_DUMP names a folder.
 
-    Passes in plan.skip or in GPTQ_FX_SKIP=fuse,attention do not run. Raises ConfigError on a wrong name there.
+    Passes in plan.skip or in GPTQ_FX_SKIP=fuse,attention do not run. Raises ConfigError on a wrong name.
     """
     plan.skip |= checked_skip(filter(None, os.environ.get("GPTQ_FX_SKIP", "").replace(" ", "").split(",")))
     write = dump.Dump(plan.dump or os.environ.get(dump.VARIABLE))
@@ -76,7 +76,7 @@ def checked_skip(names: Iterable[str]) -> frozenset[str]:
         if name not in {step.__name__ for step in PIPELINE}:
             raise unknown("pass", name, SKIPPABLE)
         raise ConfigError(
-            f"pass {name!r} cannot be skipped, since all others need what it finds. Legal: {', '.join(SKIPPABLE)}"
+            f"pass {name!r} cannot be skipped: all others need what it finds. Legal: {', '.join(SKIPPABLE)}"
         )
     return given
 

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 class Dump:
     """A folder of its own for one graph: graph_0, graph_1, ... in the order of compiling, and for each stage
-    NN_name.txt with the code, the table of nodes and the table of sites. Without `parent` nothing is written."""
+    NN_name.txt with the code, the table of nodes and that of sites. Without `parent` nothing is written."""
 
     def __init__(self, parent: str | None) -> None:
         self.folder = _new_folder(Path(parent)) if parent else None
@@ -86,5 +86,7 @@ def _value(value: Any) -> str:
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)
+    ]
     return "\n".join(line.rstrip() for line in lines)

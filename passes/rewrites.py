@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rewrite:
-    """number: from 1 on, in the order of the process. step: name of the pass. what: the site, and what of it."""
+    """number: from 1 on, in the order of the process. step: name of the pass. what: the sites."""
 
     number: int
     step: str
