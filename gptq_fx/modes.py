@@ -25,10 +25,11 @@ def plain() -> Iterator[None]:
 
 
 def as_autocast(run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """run(x) of a linear. Where autocast is on, the result has its dtype, as that of a dense linear has; it is
-    computed in `dtype`, that of the quantized weight, which is all that kernels know."""
+    """run(x) of a linear. Where autocast is on, the result has its dtype, as that of a dense linear has; it
+    is computed in `dtype`, that of the quantized weight, which is all that kernels know."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    known = torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device):
         return run(x)
     with torch._C._DisableAutocast():
         return run(x.to(dtype)).to(torch.get_autocast_dtype(device))
