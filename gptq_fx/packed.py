@@ -100,12 +100,30 @@ class PackedWeight:
     def count_change() -> None:
         PackedWeight.changes = next(_CHANGES)
 
-    kernel = property(lambda self: self._pack.kernel)
-    layout = property(lambda self: self._pack.layout)
-    tensors = property(lambda self: self._pack.tensors)
-    merged = property(lambda self: self._pack.merged)
-    start = property(lambda self: self._pack.start)
-    sorted = property(lambda self: self._pack.order is not None)
+    @property
+    def kernel(self) -> Kernel:
+        return self._pack.kernel
+
+    @property
+    def layout(self) -> LinearSpec:
+        return self._pack.layout
+
+    @property
+    def tensors(self) -> Tensors:
+        return self._pack.tensors
+
+    @property
+    def merged(self) -> PackedWeight | None:
+        return self._pack.merged
+
+    @property
+    def start(self) -> int:
+        return self._pack.start
+
+    @property
+    def sorted(self) -> bool:
+        """Whether the inputs of the pack are in the order of the groups."""
+        return self._pack.order is not None
 
     def _name_handle(self) -> None:
         number = next(_HANDLES)
