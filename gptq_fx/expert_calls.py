@@ -10,6 +10,7 @@ from torch import Tensor
 from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
 from gptq_fx.handles import handle_block
+from gptq_fx.modes import as_autocast
 from gptq_fx.packed import run_experts
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ def _block(quantized: type[QuantizedParameter], call: spelling.Block) -> Tensor:
                 "gptq::quantized_experts: found a dense stack beside a quantized one. Legal: both of a kind"
             )
     packs = [stack._packed for stack in stacks]
-    if None in packs or type(call.x) not in (Tensor, torch.nn.Parameter):
-        whole: Tensor = handle_block(*call._replace(gate_up=stacks[0].handle, down=stacks[1].handle))
-        return whole
-    return run_experts(*call._replace(gate_up=packs[0], down=packs[1]))
+
+    def run(x: Tensor) -> Tensor:
+        if None in packs or type(x) not in (Tensor, torch.nn.Parameter):
+            y: Tensor = handle_block(*call._replace(x=x, gate_up=stacks[0].handle, down=stacks[1].handle))
+            return y
+        return run_experts(*call._replace(x=x, gate_up=packs[0], down=packs[1]))
+
+    return as_autocast(run, call.x, stacks[0].dtype).to(call.x.dtype)

@@ -12,6 +12,7 @@ from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
 from gptq_fx.expert_calls import run_stack
 from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
+from gptq_fx.modes import as_autocast
 from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import Scheme
 from gptq_fx.state import copy_into, packed_of, state_of
@@ -62,6 +63,7 @@ class QuantizedParameter(torch.Tensor):
             shape = _flipped(spec.shape) if transposed else spec.shape
             meta: Any = (spec.scheme, shape, spec.dtype, packed.device, packed.order is not None)
             handle = packed.handle
+            packed.count_change()
         else:
             handle, meta = fake[0], fake[1]
         scheme, shape, dtype, device, _ = meta
@@ -112,20 +114,28 @@ class QuantizedParameter(torch.Tensor):
                 f"{self.fqn}: a weight {list(self.shape)} quantized along its "
                 f"{'first' if self.transposed else 'second'} dimension is multiplied along the other"
             )
-        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
-            return self._packed.linear(x, bias)
         out_features = self.shape[1 if self.transposed else 0]
-        y: Tensor = handle_linear(x, self.handle, bias, out_features)
-        return y
+
+        def run(x: Tensor) -> Tensor:
+            if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+                return self._packed.linear(x, bias)
+            y: Tensor = handle_linear(x, self.handle, bias, out_features)
+            return y
+
+        return as_autocast(run, x, self.dtype)
 
     def grouped(self, x: Tensor, ends: Tensor, transposed: bool) -> Tensor:
         """x [S, K] -> [S, N]: rows ends[e - 1] to ends[e] by expert e."""
         if transposed != self.transposed or self.ndim != 3:
             raise DenseUseError(f"{self.fqn}: {list(self.shape)} is no stack of experts for this call")
-        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
-            return self._packed.grouped(x, ends)
-        y: Tensor = handle_grouped(x, self.handle, ends, self.shape[-1 if self.transposed else -2])
-        return y
+
+        def run(x: Tensor) -> Tensor:
+            if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+                return self._packed.grouped(x, ends)
+            y: Tensor = handle_grouped(x, self.handle, ends, self.shape[-1 if self.transposed else -2])
+            return y
+
+        return as_autocast(run, x, self.dtype)
 
     def select(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """The dense weights of the experts `ids`: right wherever code picks experts, but slow."""

@@ -17,6 +17,7 @@ from gptq_fx.errors import ConfigError
 from gptq_fx.experts import install
 from gptq_fx.grid import check_finite, relative_error, round_to_nearest
 from gptq_fx.linear import Linear, Quantized
+from gptq_fx.modes import plain
 from gptq_fx.names import names_by_id
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter, as_parameter
@@ -50,6 +51,7 @@ class _Weight:
         return self.decision.scheme is not None and not isinstance(self.parameter, QuantizedParameter)
 
 
+@plain()
 def quantize(
     model: nn.Module,
     config: GPTQConfig | None = None,
@@ -71,6 +73,7 @@ def quantize(
     resume_dir: a folder for the finished stages of a calibration in sequence. A run that was killed
         goes on behind the last of them when it is started again, and gives the same integers.
 
+    Autocast and inference mode are off meanwhile: the model is run in its own dtype.
     The model is changed at the very end, once nothing can be refused or interrupted any more: until then
     the quantized weights are held beside the dense ones.
     Raises CalibrationError on batches that the model cannot take, WeightError, naming the weight, on NaN

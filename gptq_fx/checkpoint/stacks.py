@@ -71,7 +71,8 @@ def _joined(files: TensorFiles, place: Place, parts: Sequence[_Part], ordered: b
     weights = [weight for _, _, weight in parts]
     g_idx = None
     if ordered:
-        counted = torch.arange(place.in_features, dtype=torch.int32) // weights[0].group_size
+        inputs = torch.arange(place.in_features, dtype=torch.int32, device="cpu")
+        counted = inputs // weights[0].group_size
         orders = [counted if weight.g_idx is None else weight.g_idx for weight in weights]
         g_idx = orders[0]
         if not all(torch.equal(g_idx, order) for order in orders):

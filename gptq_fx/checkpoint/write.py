@@ -161,13 +161,13 @@ def module_tensors(name: str, weight: QuantizedWeight, scales: torch.dtype, v1: 
     if v1:
         qzeros = weight.qzeros_v1()
     elif qzeros is None:
-        middle = torch.full(weight.scales.shape, 2 ** (weight.bits - 1))
-        qzeros = QuantizedWeight.from_codes(
-            torch.zeros(weight.scales.shape), weight.scales.cpu(), middle, weight.bits
-        ).qzeros
+        codes = torch.zeros(weight.scales.shape, device="cpu")
+        middle = torch.full_like(codes, 2 ** (weight.bits - 1), dtype=torch.int64)
+        qzeros = QuantizedWeight.from_codes(codes, weight.scales.cpu(), middle, weight.bits).qzeros
     g_idx = weight.g_idx
     if g_idx is None:
-        g_idx = torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
+        inputs = torch.arange(weight.in_features, dtype=torch.int32, device="cpu")
+        g_idx = inputs // weight.group_size
     assert qzeros is not None
     return {
         f"{name}.qweight": _own(weight.qweight),

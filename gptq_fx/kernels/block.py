@@ -65,7 +65,8 @@ def run_block(
         chosen = order[: ends[-1]]
         rows = x.expand(len(chosen), -1) if T == 1 else x[chosen // k]
         hidden = ACTIVATIONS[activation](torch.cat([gate_up(e, rows[span]) for e, span in spans]))
-        result[chosen] = torch.cat([down(e, hidden[span]) for e, span in spans])
+        # Where autocast is on, linears may have another dtype than x.
+        result[chosen] = torch.cat([down(e, hidden[span]) for e, span in spans]).to(x.dtype)
     weighted = result.view(T, k, -1) * weights.unsqueeze(-1)
     return weighted.sum(1).to(x.dtype)
 

@@ -33,7 +33,8 @@ def available() -> str | None:
     """aten's kernel has no documented layout: pack a counting pattern and see that we can read it."""
     if BLOCK == 0:
         return f"the int4 layout for {torch.backends.cpu.get_cpu_capability()} is not known"
-    codes = torch.arange(2 * BLOCK + 16)[:, None] * 7 + torch.arange(32)
+    rows, columns = (torch.arange(size, device="cpu") for size in (2 * BLOCK + 16, 32))
+    codes = rows[:, None] * 7 + columns
     codes = (codes % 16).to(torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
     if not torch.equal(unpack_codes(packed), codes.T.to(torch.uint8)):
@@ -130,7 +131,7 @@ _buffers = threading.local()
 def _buffer(name: str, size: int, like: Tensor) -> Tensor:
     kept: Tensor | None = getattr(_buffers, name, None)
     if kept is None or kept.numel() < size or kept.dtype != like.dtype:
-        kept = torch.empty(size, dtype=like.dtype)
+        kept = torch.empty(size, dtype=like.dtype, device="cpu")
         setattr(_buffers, name, kept)
     return kept[:size]
 

@@ -206,7 +206,8 @@ def cpu_int4_grouped(x: Tensor, packed: Tensor, scales_mins: Tensor, ends: Tenso
     if library is None:
         y: Tensor = grouped_linear(x, [packed, scales_mins], ends, packed.shape[1], "cpu_int4", [group_size])
         return y
-    ids = torch.searchsorted(ends, torch.arange(x.shape[0], dtype=ends.dtype), right=True)
+    rows = torch.arange(x.shape[0], dtype=ends.dtype, device="cpu")
+    ids = torch.searchsorted(ends, rows, right=True)
     return _few(library, x, ids, packed, scales_mins, None, group_size)
 
 

@@ -194,9 +194,11 @@ def counters(index: int) -> int:
     found = _counters.get(key)
     if found is None:
         with _lock:
-            if not _free.get(index):
-                _make_counters(index)
-            found = _counters[key] = _free[index].pop()
+            found = _counters.get(key)  # another thread on this stream may have come first
+            if found is None:
+                if not _free.get(index):
+                    _make_counters(index)
+                found = _counters[key] = _free[index].pop()
     return found
 
 
