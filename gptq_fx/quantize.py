@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from gptq_fx.calibration import calibrate
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide, leave_dense
-from gptq_fx.errors import ConfigError
+from gptq_fx.errors import CalibrationError, ConfigError
 from gptq_fx.experts import install
 from gptq_fx.grid import check_finite, relative_error, round_to_nearest
 from gptq_fx.linear import Linear, Quantized
 from gptq_fx.names import names_by_id
 from gptq_fx.packed import PackedWeight
+from gptq_fx.parallel import gathered, is_split, part_of, run_local
 from gptq_fx.parameter import QuantizedParameter, as_parameter
 from gptq_fx.progress import progress as with_progress
 from gptq_fx.report import Report
+from gptq_fx.shard import cut
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def quantize(
         None rounds all to nearest. Without inputs there is no graph to read, so that the linears are the
         modules that are one: nn.Linear and its subclasses, and transformers' Conv1D.
     device: where to compute; the weights stay on their own.
+    A model that transformers has split between ranks (tp_plan) is quantized by a call on every rank: each
+        weight is gathered, rounded and cut, so that its integers do not depend on the number of ranks.
     progress: show a bar for what takes over two seconds.
     resume_dir: a folder for the finished stages of a calibration in sequence. A run that was killed
         goes on behind the last of them when it is started again, and gives the same integers.
@@ -82,6 +86,11 @@ def quantize(
     if resume_dir is not None and (calibration is None or not config.sequential):
         raise ConfigError(f"resume_dir={resume_dir!r}: only calibration with sequential=True has stages")
     reached: dict[int, Linear] = {}
+    if calibration is not None and any(map(is_split, model.parameters())):
+        raise CalibrationError(
+            "calibration: the model is split between ranks. Legal: calibration=None; or calibrate the whole "
+            "model, save it, and load it with from_pretrained(path, distributed_config=...)"
+        )
     if calibration is not None:
         reached = calibrate(
             model, calibration, config, device=device, progress=progress, resume_dir=resume_dir
@@ -89,11 +98,13 @@ def quantize(
     weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
     for weight in with_progress(chosen, "checking weights", show=progress):
-        check_finite(weight.parameter, weight.name)
+        check_finite(gathered(weight.parameter), weight.name)
     made: dict[tuple[int, bool], QuantizedParameter] = {}
     for weight in with_progress(chosen, "quantizing", show=progress):
         _make(weight, made, device)
     for weight in chosen:
+        if is_split(weight.parameter):
+            run_local(weight.module)
         setattr(weight.module, weight.leaf, made[_same(weight)])
     _untie(model, chosen)
     install(model)
@@ -232,10 +243,13 @@ def _make(
         packed = PackedWeight(quantized.weight, scheme, quantized.error)
     else:
         with torch.no_grad():
-            matrix = dense.detach().to(device)
+            matrix = gathered(dense).to(device)
             matrix = matrix.mT if weight.transposed else matrix
             rounded = round_to_nearest(matrix, scheme, weight.name)
             error = relative_error(matrix, rounded)
+            part = part_of(dense, weight.transposed, weight.name)
+            if part is not None:
+                rounded, scheme = cut(rounded, scheme, part)
             packed = PackedWeight(rounded.to(dense.device), scheme, error)
     parameter = QuantizedParameter(packed, weight.name, weight.transposed)
     made[_same(weight)] = as_parameter(parameter)

@@ -2,7 +2,8 @@
 
 Outputs are cut column by column. Inputs are cut at the borders of groups where a rank's part begins and
 ends there; where a border cuts a group, groups become smaller, by the largest size that divides all of
-their pieces, and each keeps the scale of the group that it was a part of.
+their pieces, and each keeps the scale of the group that it was a part of. In act-order a rank keeps the
+scales of all groups, and the g_idx of its inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from gptq_fx.errors import WeightError
 from gptq_fx.scheme import Scheme
-from gptq_fx.weight import QuantizedWeight, pack_int32
+from gptq_fx.weight import QuantizedWeight, pack_int32, packed_rows, unpack_int32
 
 # Indices of one dimension: runs (first, last + 1), one behind the other.
 Runs = tuple[tuple[int, int], ...]
@@ -53,6 +54,12 @@ def pick(runs: Runs, start: int, stop: int) -> Runs:
     return tuple(found)
 
 
+def overlap(runs: Runs, start: int, stop: int) -> Runs:
+    """The indices from `start` to `stop` that are in the runs, counted from `start`."""
+    found = [(max(a, start) - start, min(b, stop) - start) for a, b in runs]
+    return tuple((a, b) for a, b in found if a < b)
+
+
 def chunk(runs: Runs, rank: int, ranks: int, split: int = 1) -> Runs:
     """The part of a rank where each of `split` equal stretches is dealt out in runs of equal length.
 
@@ -74,21 +81,23 @@ def cut(weight: QuantizedWeight, scheme: Scheme, part: Part) -> tuple[QuantizedW
     Raises WeightError where the part is empty, or would need groups that no kernel knows.
     """
     if 0 in part.shape:
-        raise WeightError(f"a rank would hold {list(part.shape)} of {weight.out_features} outputs and "
-                          f"{weight.in_features} inputs. Legal: fewer ranks")
+        raise WeightError(
+            f"a rank would hold {list(part.shape)} of {weight.out_features} outputs and "
+            f"{weight.in_features} inputs. Legal: fewer ranks"
+        )
     weight = _outputs(weight, part.outputs)
     if part.inputs == ((0, weight.in_features),):
         return weight, scheme
     weight = _inputs(weight, part.inputs)
-    if weight.g_idx is not None:  # groups are named one by one: their size says nothing
-        return weight, scheme
+    if weight.in_features % weight.scales.shape[-2]:
+        return weight, scheme  # act-order, with groups of different sizes
     size = weight.group_size
     if size == weight.in_features and (scheme.group_size == -1 or size % 8):
         size = -1
-    if size > 0 and size % 8:
+    if size % 8 and size > 0:
         raise WeightError(
-            f"the borders between ranks cut groups of {scheme.group_size} inputs into pieces with the common "
-            f"divisor {size}. Legal: a multiple of 8, by fewer ranks or another group_size"
+            f"the borders between ranks cut groups of {scheme.group_size} inputs into pieces of {size}. "
+            "Legal: a multiple of 8, by fewer ranks or another group_size"
         )
     return weight, replace(scheme, group_size=size)
 
@@ -104,38 +113,27 @@ def _outputs(weight: QuantizedWeight, runs: Runs) -> QuantizedWeight:
 
 
 def _inputs(weight: QuantizedWeight, runs: Runs) -> QuantizedWeight:
-    codes = _take(weight.codes(), runs, -2)
-    qweight, K = pack_int32(codes, weight.bits), codes.shape[-2]
-    if weight.g_idx is not None:
-        return _named_groups(replace(weight, in_features=K, qweight=qweight), _take(weight.g_idx, runs, -1))
+    codes = torch.cat([_codes(weight, start, stop) for start, stop in runs], -2)
+    part = replace(weight, in_features=codes.shape[-2], qweight=pack_int32(codes, weight.bits))
+    if weight.g_idx is not None:  # any inputs of a group may be here, and each stays in its own
+        return replace(part, g_idx=_take(weight.g_idx, runs, -1))
     group = _take(torch.arange(weight.in_features) // weight.group_size, runs, 0)
     borders = (group[1:] != group[:-1]).nonzero().flatten() + 1
-    size = math.gcd(K, *borders.tolist())
+    size = math.gcd(part.in_features, *borders.tolist())
     rows = group[::size].to(weight.scales.device)
-    return replace(
-        weight,
-        in_features=K,
-        qweight=qweight,
-        scales=weight.scales.index_select(-2, rows),
-        qzeros=None if weight.qzeros is None else weight.qzeros.index_select(-2, rows),
-    )
+    qzeros = None if weight.qzeros is None else weight.qzeros.index_select(-2, rows)
+    return replace(part, scales=weight.scales.index_select(-2, rows), qzeros=qzeros)
 
 
-def _named_groups(weight: QuantizedWeight, g_idx: Tensor) -> QuantizedWeight:
-    """Act-order: any inputs of a group may be here, so that each stays in its own; unused ones go.
+def _codes(weight: QuantizedWeight, start: int, stop: int) -> Tensor:
+    """The codes of some inputs. Of a weight that is mapped from a file, no other words are read.
 
-    A stack keeps all, since its experts use different ones.
+    32 codes fill `bits` whole words.
     """
-    if g_idx.ndim == 2:
-        return replace(weight, g_idx=g_idx)
-    used, local = g_idx.unique(return_inverse=True)
-    rows = used.long()
-    return replace(
-        weight,
-        scales=weight.scales.index_select(-2, rows),
-        qzeros=None if weight.qzeros is None else weight.qzeros.index_select(-2, rows),
-        g_idx=local.to(torch.int32),
-    )
+    first, last = start // 32 * weight.bits, packed_rows(-(-stop // 32) * 32, weight.bits)
+    words = weight.qweight[..., first:last, :]
+    skipped = start // 32 * 32
+    return unpack_int32(words, weight.bits, stop - skipped)[..., start - skipped :, :]
 
 
 def _take(tensor: Tensor, runs: Runs, dim: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,7 +64,7 @@ def test_parts_put_together_are_the_weight(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    N, K = 48, 192
+    N, K = 48, 384
     whole = weight(N, K, groups, bits, sym, ordered, experts)
     size = N if by_outputs else K
     dealt = [chunk(everything(size), rank, ranks, split) for rank in range(ranks)]
@@ -72,8 +75,7 @@ def test_parts_put_together_are_the_weight(
         wanted = columns(whole.dequantize(), runs, -2 if by_outputs else -1)
         assert torch.equal(found.dequantize(), wanted)
         assert part.shape == (found.out_features, found.in_features)
-        if not ordered:
-            assert scheme.group_size == found.group_size
+        assert ordered or scheme.group_size in (-1, found.group_size)
 
 
 def test_a_border_between_groups_keeps_their_size() -> None:
@@ -97,18 +99,33 @@ def test_one_group_stays_one_group() -> None:
     assert scheme.group_size == -1 and part.scales.shape == (1, 16)
 
 
-def test_act_order_keeps_the_groups_that_are_used() -> None:
-    codes, scales = torch.randint(0, 16, (32, 8)), torch.rand(4, 8)
-    g_idx = torch.tensor([3, 1] * 8 + [0, 2] * 8, dtype=torch.int32)
-    whole = QuantizedWeight.from_codes(codes, scales, None, 4, g_idx)
-    part, _ = cut(whole, Scheme(4, 8, desc_act=True), Part(everything(8), ((0, 16),)))
-    assert torch.equal(part.scales, scales[[1, 3]])
-    assert part.g_idx is not None and part.g_idx.tolist() == [1, 0] * 8
+def test_act_order_keeps_all_groups_and_names_the_one_of_each_input() -> None:
+    whole = weight(8, 64, 4, 4, True, True)
+    part, scheme = cut(whole, Scheme(4, 16, desc_act=True), Part(everything(8), ((0, 32),)))
+    assert whole.g_idx is not None and part.g_idx is not None
+    assert torch.equal(part.scales, whole.scales) and torch.equal(part.g_idx, whole.g_idx[:32])
+    assert scheme == Scheme(4, 8, desc_act=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux' account of mapped pages")
+@pytest.mark.parametrize("by_outputs", [True, False])
+def test_of_a_mapped_file_only_the_part_is_read(tmp_path: Path, by_outputs: bool) -> None:
+    K, N = 8192, 8192
+    file = tmp_path / "qweight"
+    with file.open("wb") as handle:
+        handle.truncate(K // 8 * N * 4)
+    qweight = torch.from_file(str(file), shared=False, size=K // 8 * N, dtype=torch.int32).view(K // 8, N)
+    whole = QuantizedWeight(4, K, qweight, torch.ones(K // 128, N))
+    part = Part(((0, N // 4),), everything(K)) if by_outputs else Part(everything(N), ((K // 4, K // 2),))
+    cut(whole, Scheme(4, 128), part)
+    smaps = Path("/proc/self/smaps").read_text()
+    (read,) = re.findall(rf"{re.escape(str(file))}\n(?:\w+: .*\n)*?Rss: +(\d+) kB", smaps)
+    assert K * N // 2 / 4 <= 1024 * int(read) < 1.5 * K * N // 2 / 4
 
 
 def test_pieces_that_are_no_legal_group_are_refused() -> None:
     whole = weight(16, 96, 6, 4, True, False)
-    with pytest.raises(WeightError, match="common divisor 4.*multiple of 8"):
+    with pytest.raises(WeightError, match=r"pieces of 4.*multiple of 8"):
         cut(whole, Scheme(4, 16), Part(everything(16), ((0, 20),)))
 
 
