@@ -32,7 +32,7 @@ def is_split(weight: Tensor) -> bool:
 def gathered(weight: Tensor) -> Tensor:
     """The whole weight. Of a DTensor all its ranks must ask together."""
     weight = weight.detach()
-    return weight.full_tensor() if is_split(weight) else weight  # type: ignore[attr-defined,no-any-return]
+    return weight.full_tensor() if is_split(weight) else weight  # type: ignore[attr-defined]
 
 
 def part_of(weight: Tensor, transposed: bool, name: str) -> Part | None:
@@ -76,7 +76,7 @@ def distribute(model: Any, config: Any) -> Any:
     config: a DistributedConfig of transformers, or its fields. Joins the default process group.
     Raises ConfigError on other kinds of parallelism than that of tensors.
     """
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     if isinstance(config, Mapping):
         config = DistributedConfig.from_dict(dict(config))

@@ -22,6 +22,7 @@ from gptq_fx.packed import PackedWeight
 from gptq_fx.parallel import gathered, is_split, part_of, run_local
 from gptq_fx.parameter import QuantizedParameter, as_parameter
 from gptq_fx.progress import progress as with_progress
+from gptq_fx.ranks import Ranks
 from gptq_fx.report import Report
 from gptq_fx.shard import cut
 
@@ -61,6 +62,7 @@ def quantize(
     progress: bool = True,
     resume_dir: str | None = None,
     max_memory: str | None = None,
+    process_group: Any = None,
 ) -> Report:
     """Quantize the linears of `model` in place, and free their dense weights.
 
@@ -74,6 +76,8 @@ def quantize(
     progress: show a bar for what takes over two seconds.
     resume_dir: a folder for the finished stages of a calibration in sequence. A run that was killed
         goes on behind the last of them when it is started again, and gives the same integers.
+    process_group: of torch.distributed; its ranks share the calibration. Each has the whole model, calls
+        this with the same arguments, and gets the same integers (gptq_fx/ranks.py).
 
     The model is changed at the very end, once nothing can be refused or interrupted any more: until then
     the quantized weights are held beside the dense ones.
@@ -85,6 +89,11 @@ def quantize(
         raise ConfigError(f"max_memory={max_memory!r}: not in this version. Legal: None")
     if resume_dir is not None and (calibration is None or not config.sequential):
         raise ConfigError(f"resume_dir={resume_dir!r}: only calibration with sequential=True has stages")
+    if process_group is not None and (calibration is None or resume_dir is not None):
+        raise ConfigError(
+            "process_group: without calibration there is no work to share, and with resume_dir "
+            "it is not in this version. Legal: with calibration, without resume_dir"
+        )
     reached: dict[int, Linear] = {}
     if calibration is not None and any(map(is_split, model.parameters())):
         raise CalibrationError(
@@ -93,7 +102,13 @@ def quantize(
         )
     if calibration is not None:
         reached = calibrate(
-            model, calibration, config, device=device, progress=progress, resume_dir=resume_dir
+            model,
+            calibration,
+            config,
+            device=device,
+            progress=progress,
+            resume_dir=resume_dir,
+            ranks=Ranks(process_group),
         )
     weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
