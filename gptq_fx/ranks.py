@@ -114,9 +114,7 @@ class Ranks:
         values = self.gather(value)
         other = next((rank for rank, found in enumerate(values) if found != values[0]), None)
         if other is not None:
-            raise CalibrationError(
-                f"rank {other} has not the {what} of rank 0. Legal: the same on every rank"
-            )
+            raise CalibrationError(f"rank {other} has other {what} than rank 0. Legal: the same everywhere")
 
     def check_replicas(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
         """Raise CalibrationError where ranks have other weights, other batches, or nothing to do."""
@@ -129,7 +127,7 @@ class Ranks:
             ]
             if len(batches) < self.size:
                 raise CalibrationError(
-                    f"calibration: found {len(batches)} batches for {self.size} ranks. Legal: one for each at least"
+                    f"calibration: found {len(batches)} batches. Legal: one for each of {self.size} ranks"
                 )
         self.check_same("weights", weights)
         self.check_same("batches", inputs)
