@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SECONDS = 60  # after which a collective, and the whole job, has failed
+SECONDS = 120  # after which a job that hangs is killed; a collective would wait longer
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -59,7 +59,7 @@ def _rank(rank: int, ranks: int, folder: str, function: Callable[..., Any], args
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=SECONDS),
+        timeout=timedelta(seconds=2 * SECONDS),
     )
     code = 0
     try:
