@@ -3,8 +3,9 @@
     python examples/benchmarks/two_gpus.py --out two_gpus.md
 
 starts its four jobs itself, those on one GPU side by side. The 70B is never dense: random codes are made
-where they stay. Decode: 256 tokens of eager prefill into a static cache, then 64 greedy steps with CUDA graphs, one
-synchronization at the end. Calibration: --layers of the 8B's 32, --sequences of 2048 random tokens, bf16.
+where they stay. Decode: 256 tokens of eager prefill into a static cache, then 64 greedy steps with CUDA
+graphs, one synchronization at the end. Calibration: --layers of the 8B's 32, --sequences of 2048 random
+tokens, bf16.
 """
 
 import json
@@ -118,10 +119,10 @@ def fill(model: nn.Module, device: torch.device) -> None:
                     local.normal_(0, 0.02)
                 new = nn.Parameter(_dtensor_from_local_like(local, meta) if is_split(meta) else local, False)
             setattr(module, leaf, new)
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
 
 
-def decode(name: str, layers: int | None) -> dict[str, Any]:
+def decode(name: str, layers: int | None, mode: str) -> dict[str, Any]:
     device = here()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16)
@@ -150,7 +151,7 @@ def decode(name: str, layers: int | None) -> dict[str, Any]:
         return (time.perf_counter() - start) / steps
 
     start = time.perf_counter()
-    options = {"mode": "reduce-overhead"} if device.type != "cpu" else {"inner_backend": "aot_eager"}
+    options = {"mode": mode} if device.type != "cpu" else {"inner_backend": "aot_eager"}
     compiled = torch.compile(step, backend="gptq", options=options, fullgraph=True, dynamic=False)
     run(compiled, 3)
     first = time.perf_counter() - start
@@ -204,7 +205,7 @@ def job(args: Any) -> None:
             "gloo" if device.type == "cpu" else "nccl", device_id=None if device.type == "cpu" else device
         )
     if args.job == "decode":
-        found = decode(args.decode_model, args.decode_layers)
+        found = decode(args.decode_model, args.decode_layers, args.mode)
     else:
         found = calibrate(args.calibration_model, args.layers, args.sequences, args.length)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -276,6 +277,7 @@ def main() -> None:
     cli.add_argument("--gpus", nargs="+", type=int, choices=[1, 2], default=[1, 2])
     cli.add_argument("--decode-model", choices=SIZES, default="70b")
     cli.add_argument("--decode-layers", type=int)
+    cli.add_argument("--mode", default="reduce-overhead", help='Inductor\'s; "default" makes no CUDA graphs')
     cli.add_argument("--calibration-model", choices=SIZES, default="8b")
     cli.add_argument("--layers", type=int, default=8)
     cli.add_argument("--sequences", type=int, default=64)
