@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gptq_fx.errors import CalibrationError
 from gptq_fx.gptq import Hessian
+from gptq_fx.parameter import QuantizedParameter
 
 T = TypeVar("T")
 
@@ -122,9 +123,7 @@ class Ranks:
             return
         with self.together():
             weights = {name: _checksum(t) for name, t in model.state_dict().items()}
-            inputs = [
-                {k: _checksum(v) if isinstance(v, Tensor) else repr(v) for k, v in b.items()} for b in batches
-            ]
+            inputs = [{key: _checksum(value) for key, value in batch.items()} for batch in batches]
             if len(batches) < self.size:
                 raise CalibrationError(
                     f"calibration: found {len(batches)} batches. Legal: one for each of {self.size} ranks"
@@ -133,17 +132,16 @@ class Ranks:
         self.check_same("batches", inputs)
 
 
+# Integers as wide as the numbers of a tensor, by the bytes of one.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ALONE = Ranks()
 
 
 def _checksum(value: Any) -> object:
     """The same for the same numbers on any machine: those of a tensor are added up as integers."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or isinstance(value, QuantizedParameter):
         return repr(value)
     flat = value.detach().contiguous().flatten()
     if flat.numel():
-        flat = flat.view(_INTEGERS[flat.element_size()])
+        flat = flat.view(INTEGERS[flat.element_size()])
     return str(value.dtype), tuple(value.shape), int(flat.sum(dtype=torch.int64))
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -282,7 +282,7 @@ def main() -> None:
     cli.add_argument("--layers", type=int, default=8)
     cli.add_argument("--sequences", type=int, default=64)
     cli.add_argument("--length", type=int, default=2048)
-    cli.add_argument("--limit", type=float, default=150, help="seconds after which a job is killed")
+    cli.add_argument("--limit", type=float, default=200, help="seconds after which a job is killed")
     cli.add_argument(
         "--job", choices=["decode", "calibrate"], help="what this process does; set by the program"
     )
