@@ -33,6 +33,7 @@ Device = Annotated[str | None, typer.Option(help="where to compute; default: an 
 Compile = Annotated[bool, typer.Option(help="run compiled, as an application would")]
 Source = Annotated[str, typer.Option("--text", help="a file, or a data set NAME[:CONFIG[:SPLIT]]")]
 Length = Annotated[int, typer.Option(min=8, help="tokens of a window")]
+Page = Annotated[Path | None, typer.Option("--html", help="a file to write the report to, as a page")]
 
 
 @app.callback()
@@ -74,6 +75,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="replace a quantized checkpoint at OUT")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    html: Page = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a dense model, and write it as a GPTQ checkpoint."""
@@ -89,6 +91,8 @@ def quantize(
         found = measure.windows(tokenizer, text, samples, length, calibration)
         batches = [{"input_ids": ids[None].to(loaded.device)} for ids in found]
     report = gptq_fx.quantize(loaded, config, batches)
+    if html is not None:
+        report.to_html(html, f"{model}, quantized")
     saved = gptq_fx.save_pretrained(
         loaded, out, tokenizer=tokenizer, max_shard_size=max_shard_size, overwrite=overwrite
     )
@@ -105,6 +109,7 @@ def explain(
     dynamic: Annotated[str | None, typer.Option(help="rules as JSON, in the syntax of GPTQModel")] = None,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    html: Page = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what the backend would do with every weight of a causal language model."""
@@ -114,6 +119,8 @@ def explain(
     loaded = _load(model, dtype, device)
     ids = torch.zeros(1, 8, dtype=torch.long, device=loaded.device)
     report = gptq_fx.explain(loaded, input_ids=ids, use_cache=False, config=config)
+    if html is not None:
+        report.to_html(html, model)
     _show(report.to_dict(), str(report), as_json)
 
 
