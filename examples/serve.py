@@ -3,7 +3,7 @@
     python examples/serve.py FOLDER                 # who can serve it, by which commands
     python examples/serve.py FOLDER --run vllm      # serve it
 
-Both engines find the quantization in config.json: neither needs a flag for it. See serving.md.
+Both engines find the quantization in config.json: neither needs a flag for it. See docs/several-gpus.md.
 """
 
 import argparse
