@@ -26,6 +26,7 @@ from gptq_fx.passes.capture import capture
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
 from gptq_fx.progress import bar
+from gptq_fx.ranks import ALONE, Ranks
 from gptq_fx.resume import Store
 from gptq_fx.solve import solve, solve_experts
 
@@ -46,6 +47,7 @@ def calibrate(
     device: torch.device | str | None = None,
     progress: bool = True,
     resume_dir: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[int, Linear]:
     """Quantize the linears that the batches reach. All weights of all graphs, by id of the parameter.
 
@@ -54,9 +56,14 @@ def calibrate(
     batch.
     device: where Hessians are kept and weights are solved; None: where the weights are.
     resume_dir: where finished stages are kept, and taken from.
+    ranks: the processes that share the work; each gets the whole model and all batches.
     Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight.
     """
-    job = _Job(model, check_batches(model, batches), config, device, progress)
+    with ranks.together():
+        checked = check_batches(model, batches)
+    ranks.check_replicas(model, checked)
+    progress = progress and ranks.rank == 0
+    job = _Job(model, ranks.share(checked), config, device, progress, ranks)
     if resume_dir is not None and not config.sequential:
         raise CalibrationError("resume_dir: without sequential there are no stages to resume from")
     with for_calibration(model):
@@ -76,6 +83,7 @@ class _Job:
     config: GPTQConfig
     device: torch.device | str | None
     progress: bool
+    ranks: Ranks
     linears: dict[int, Linear] = field(default_factory=dict)
     graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
     hessians: dict[Key, list[Hessian]] = field(default_factory=dict)
@@ -163,6 +171,7 @@ class _Job:
     def solve(self, key: Key, hessians: list[Hessian]) -> list[Linear]:
         """Quantize the weights of a stage; those of one scheme together."""
         linears = [self.linears[i] for i in key]
+        self.ranks.reduce(hessians)
         groups: dict[object, list[Linear]] = {}
         for linear in linears:
             groups.setdefault((linear.scheme, linear.parameter.dtype), []).append(linear)
@@ -171,9 +180,9 @@ class _Job:
                 share = bool(self.config.route_all) and key[0] in self.shareable
                 least = MIN_TOKENS if self.config.min_tokens is None else self.config.min_tokens
                 for linear in group:
-                    solve_experts(linear, hessians, self.settings, least=least, share=share)
+                    solve_experts(linear, hessians, self.settings, self.ranks, least=least, share=share)
             else:
-                solve(group, hessians[0], self.settings)
+                solve(group, hessians[0], self.settings, self.ranks)
         return linears
 
 
@@ -182,20 +191,24 @@ class _Job:
 
 def _in_sequence(job: _Job, store: Store) -> None:
     """Each stage is quantized on what the stages before it, quantized already, make of the batches."""
-    runs = record(job.model, job.batches, job.staged)
+    with job.ranks.together():
+        runs = record(job.model, job.batches, job.staged)
     # With gptaq each batch also runs through the dense model.
     originals = [run.again() for run in runs] if job.settings.gptaq else [None] * len(runs)
     stages = {run.graph: {_key(run, stage): stage for stage in run.graph.stages} for run in runs}
-    order = _order([list(path) for path in stages.values()])
+    with job.ranks.together():
+        order = _order([list(path) for path in stages.values()])
+    job.ranks.check_same("stages", [[job.linears[i].name for i in key] for key in order])
     dense = _Dequantized(job.linears)
     with bar(len(order) * len(runs), "calibrating", show=job.progress) as shown:
         for number, key in enumerate(order):
             linears = [job.linears[i] for i in key]
             stored = store.load(number, linears)
-            for run, original in zip(runs, originals, strict=True):
-                if key in stages[run.graph]:
-                    _advance(job, run, original, stages[run.graph][key], dense)
-                shown.update()
+            with job.ranks.together():
+                for run, original in zip(runs, originals, strict=True):
+                    if key in stages[run.graph]:
+                        _advance(job, run, original, stages[run.graph][key], dense)
+                    shown.update()
             dense.clear()
             if not stored:
                 job.solve(key, job.hessians.pop(key))
@@ -270,7 +283,7 @@ class _Dequantized:
 
 def _at_once(job: _Job) -> None:
     """Every linear is quantized on what the dense model makes of the batches, whatever graphs it has."""
-    with bar(len(job.batches), "observing", show=job.progress) as shown:
+    with job.ranks.together(), bar(len(job.batches), "observing", show=job.progress) as shown:
         for index, batch in enumerate(job.batches):
 
             def take(key: Key, x: Rows, index: int = index) -> None:
@@ -283,6 +296,7 @@ def _at_once(job: _Job) -> None:
             observe(job.model, (), batch, run)
             shown.update()
     stages = _disjoint(job.hessians)
+    job.ranks.check_same("weights with inputs", [[job.linears[i].name for i in key] for key in stages])
     with bar(len(stages), "quantizing", show=job.progress) as shown:
         for key, same in stages.items():
             shown.set_postfix_str(_losses(job.solve(key, same)))

@@ -119,6 +119,7 @@ def load_dense(
 
     load = LoadStateDictConfig(
         device_map={"": device},
+        device_mesh=getattr(model, "_device_mesh", None),
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=Names(model).transforms,
