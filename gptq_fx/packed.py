@@ -85,16 +85,16 @@ class PackedWeight:
             return self.tensors
         return tuple(None if t is None else t.contiguous() for t in self.tensors)
 
-    def unpacked(self) -> QuantizedWeight:
-        """The canonical form; the pack stays."""
+    def unpacked(self, gathered: bool = False) -> QuantizedWeight:
+        """The canonical form; the pack stays. gathered: with the inputs in the order of the pack."""
         weight = self.kernel.unpack_all(self.tensors, self.layout)
-        return unsort(weight, self.order) if self.sorted and self.order is not None else weight
+        return weight if self.order is None or not self.sorted or gathered else unsort(weight, self.order)
 
-    def expert(self, index: int) -> QuantizedWeight:
+    def expert(self, index: int, gathered: bool = False) -> QuantizedWeight:
         """The canonical form of one expert of a stack; the others are not touched."""
         one = tuple(None if t is None else t[index : index + 1] for t in self.tensors)
         weight = self.kernel.unpack_all(one, replace(self.layout, experts=1)).expert(0)
-        return unsort(weight, self.order[index]) if self.sorted and self.order is not None else weight
+        return weight if self.order is None or not self.sorted or gathered else unsort(weight, self.order[index])
 
     def lower(self, kernel: Kernel, sorted: bool | None = None) -> None:
         """Take the layout of `kernel`, if the weight is not in it; `sorted`, or as the kernel wants it."""
@@ -116,15 +116,15 @@ class PackedWeight:
         self.layout, self.order, self.sorted = other.layout, other.order, other.sorted
         self.merged, self.start = None, 0
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [*, K] -> [*, N]."""
-        if self.sorted and self.order is not None:
+    def linear(self, x: Tensor, bias: Tensor | None, gathered: bool = False) -> Tensor:
+        """x [*, K] -> [*, N]; gathered: x is in the order of the pack already."""
+        if self.sorted and self.order is not None and not gathered:
             x = gather(x, self.order)
         return self.kernel.call(x, self.call_tensors(), bias, self.layout)
 
-    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]."""
-        if self.sorted and self.order is not None:
+    def grouped(self, x: Tensor, ends: Tensor, gathered: bool = False) -> Tensor:
+        """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]; gathered: as for `linear`."""
+        if self.sorted and self.order is not None and not gathered:
             x = gather_grouped(x, self.order, ends)
         op, rest = grouped.call(self.kernel, "grouped", self.call_tensors(), ends, self.layout)
         return op(x, *rest)  # type: ignore[no-any-return]

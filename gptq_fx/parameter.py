@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
+from gptq_fx.gradients import flows, trained_experts
 from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
 from gptq_fx.packed import PackedWeight, run_experts
 from gptq_fx.scheme import Scheme
@@ -43,7 +44,7 @@ class QuantizedParameter(torch.Tensor):
     siblings, after a graph was traced. Scheme, shape, dtype and whether there is an order to sort it by
     are in the flatten metadata, which Dynamo guards: layers of different schemes never share a graph.
 
-    Linear calls on it run the kernel it is packed for. detach, clone, deepcopy, to, t, state_dict,
+    Linear calls on it run the kernel it is packed for, and give their inputs a gradient. detach, clone, deepcopy, to, t, state_dict,
     load_state_dict, torch.save and torch.load work; any other dense operation raises DenseUseError.
     `numel` counts logical elements; `nbytes` and `nelement() * element_size()` count stored bytes,
     as transformers' get_memory_footprint needs.
@@ -123,7 +124,7 @@ class QuantizedParameter(torch.Tensor):
                 f"{self.fqn}: a weight {list(self.shape)} quantized along its "
                 f"{'first' if self.transposed else 'second'} dimension is multiplied along the other"
             )
-        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter) and not flows(x, bias):
             return self._packed.linear(x, bias)
         out_features = self.shape[1 if self.transposed else 0]
         y: Tensor = handle_linear(x, self.handle, bias, out_features)
@@ -133,7 +134,7 @@ class QuantizedParameter(torch.Tensor):
         """x [S, K] -> [S, N]: rows ends[e - 1] to ends[e] by expert e."""
         if transposed != self.transposed or self.ndim != 3:
             raise DenseUseError(f"{self.fqn}: {list(self.shape)} is no stack of experts for this call")
-        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter) and not flows(x):
             return self._packed.grouped(x, ends)
         y: Tensor = handle_grouped(x, self.handle, ends, self.shape[-1 if self.transposed else -2])
         return y
@@ -262,6 +263,11 @@ def _block(call: spelling.Block) -> Tensor:
             raise DenseUseError(
                 "gptq::quantized_experts: found a dense stack beside a quantized one. Legal: both of a kind"
             )
+    if flows(call.x, call.weights, call.gate_up_bias, call.down_bias):
+        gate_up, down = stacks
+        by_handle = call._replace(gate_up=gate_up.handle, down=down.handle)
+        z: Tensor = trained_experts(*by_handle, gate_up.shape[0], gate_up.shape[1])
+        return z
     packs = [stack._packed for stack in stacks]
     if None in packs or type(call.x) not in (Tensor, torch.nn.Parameter):
         y: Tensor = handle_block(*call._replace(gate_up=stacks[0].handle, down=stacks[1].handle))
