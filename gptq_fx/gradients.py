@@ -1,7 +1,7 @@
 """Gradients through quantized linears, whose weights are frozen: grad_x = grad_y W, with W dequantized.
 
 One formula serves the ops of all kernels, since an op that takes its weight by a handle runs any of them,
-and W is what `unpack` of its kernel gives. What training keeps of a linear for its backward is the handle:
+and W is what its kernel unpacks. What training keeps of a linear for its backward is the handle:
 neither the input nor a dense weight.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptq_fx.handles import handle_grouped, handle_linear
 from gptq_fx.kernels.block import ACTIVATIONS
+from gptq_fx.kernels.products import fast_dtype
 from gptq_fx.ops import LIBRARY, define, define_opaque
 from gptq_fx.packed import live
 
@@ -29,7 +30,7 @@ def flows(*tensors: Tensor | None) -> bool:
 )
 def linear_gradient(grad: Tensor, handle: Tensor, in_features: int, gathered: bool) -> Tensor:
     """grad [*, N] -> [*, K], by the weight [N, K] that `handle` names."""
-    return torch.matmul(grad, live(handle).unpacked(gathered).dequantize(grad.dtype))
+    return _product(grad, live(handle).dense(grad.dtype, gathered))
 
 
 @define_opaque(
@@ -43,10 +44,15 @@ def grouped_gradient(grad: Tensor, handle: Tensor, ends: Tensor, in_features: in
     start = 0
     for e, end in enumerate(ends.tolist()):
         if end > start:
-            weight = packed.expert(e, gathered).dequantize(grad.dtype)
-            torch.mm(grad[start:end], weight, out=out[start:end])
+            out[start:end] = _product(grad[start:end], packed.expert(e, gathered).dequantize(grad.dtype))
             start = end
     return out
+
+
+def _product(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad [*, N] W [N, K] in grad's dtype."""
+    dtype = fast_dtype(grad.device.type, grad.dtype)
+    return torch.matmul(grad.to(dtype), weight.to(dtype)).to(grad.dtype)
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

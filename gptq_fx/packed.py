@@ -90,6 +90,13 @@ class PackedWeight:
         weight = self.kernel.unpack_all(self.tensors, self.layout)
         return weight if self.order is None or not self.sorted or gathered else unsort(weight, self.order)
 
+    def dense(self, dtype: torch.dtype, gathered: bool = False) -> Tensor:
+        """The dense weight [N, K]; gathered: with the inputs in the order of the pack."""
+        own = self.kernel.dequantize
+        if own is None or self.spec.experts is not None or (self.sorted and not gathered):
+            return self.unpacked(gathered).dequantize(dtype)
+        return own(self.call_tensors(), self.layout).to(dtype)
+
     def expert(self, index: int, gathered: bool = False) -> QuantizedWeight:
         """The canonical form of one expert of a stack; the others are not touched."""
         one = tuple(None if t is None else t[index : index + 1] for t in self.tensors)

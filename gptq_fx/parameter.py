@@ -266,7 +266,8 @@ def _block(call: spelling.Block) -> Tensor:
     if flows(call.x, call.weights, call.gate_up_bias, call.down_bias):
         gate_up, down = stacks
         by_handle = call._replace(gate_up=gate_up.handle, down=down.handle)
-        z: Tensor = trained_experts(*by_handle, gate_up.shape[0], gate_up.shape[1])
+        width = gate_up.shape[-1 if gate_up.transposed else -2]
+        z: Tensor = trained_experts(*by_handle, gate_up.shape[0], width)
         return z
     packs = [stack._packed for stack in stacks]
     if None in packs or type(call.x) not in (Tensor, torch.nn.Parameter):
