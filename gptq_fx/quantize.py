@@ -22,6 +22,7 @@ from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter, as_parameter
 from gptq_fx.progress import progress as with_progress
 from gptq_fx.report import Report
+from gptq_fx.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -227,18 +228,28 @@ def _make(
         return
     scheme = weight.decision.scheme
     assert scheme is not None
-    quantized, dense = weight.calibrated, weight.parameter
-    if quantized is not None:
-        packed = PackedWeight(quantized.weight, scheme, quantized.error)
-    else:
-        with torch.no_grad():
-            matrix = dense.detach().to(device)
-            matrix = matrix.mT if weight.transposed else matrix
-            rounded = round_to_nearest(matrix, scheme, weight.name)
-            error = relative_error(matrix, rounded)
-            packed = PackedWeight(rounded.to(dense.device), scheme, error)
+    packed = pack(weight.parameter, scheme, weight.name, weight.transposed, weight.calibrated, device)
     parameter = QuantizedParameter(packed, weight.name, weight.transposed)
     made[_same(weight)] = as_parameter(parameter)
+
+
+def pack(
+    dense: Tensor,
+    scheme: Scheme,
+    name: str,
+    transposed: bool,
+    calibrated: Quantized | None,
+    device: torch.device | str | None,
+) -> PackedWeight:
+    """A weight [*, N, K] ([*, K, N] if `transposed`) as calibration made it, or rounded to nearest."""
+    if calibrated is not None:
+        return PackedWeight(calibrated.weight, scheme, calibrated.error)
+    with torch.no_grad():
+        matrix = dense.detach().to(device)
+        matrix = matrix.mT if transposed else matrix
+        rounded = round_to_nearest(matrix, scheme, name)
+        error = relative_error(matrix, rounded)
+        return PackedWeight(rounded.to(dense.device), scheme, error)
 
 
 def _untie(model: nn.Module, chosen: list[_Weight]) -> None:

@@ -223,7 +223,7 @@ def test_a_model_with_adapters_of_peft_learns(way: str | None) -> None:
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
-    for _ in range(12):
+    for _ in range(24):
         optimizer.zero_grad()
         value = loss(tuned)
         value.backward()
