@@ -107,7 +107,9 @@ def bind(
     signature = program.module_call_graph[0].signature
     names = signature.forward_arg_names if signature is not None else None
     if signature is None or names is None:
-        raise CalibrationError("calibration: the program does not say the names of its arguments; export it anew")
+        raise CalibrationError(
+            "calibration: the program does not say the names of its arguments; export it anew"
+        )
     args, kwargs = program.example_inputs or ((), {})
     examples = {**dict(zip(names, args, strict=False)), **kwargs}
     bound = []

@@ -91,7 +91,9 @@ def calibrate_graph(
     progress: bool = True,
 ) -> dict[int, Linear]:
     """The same for a model that is one graph, of which each batch has the values of all placeholders."""
-    names = {id(value): plan.names(node) for node, value in plan.values.items() if isinstance(value, nn.Parameter)}
+    names = {
+        id(value): plan.names(node) for node, value in plan.values.items() if isinstance(value, nn.Parameter)
+    }
     job = _Job(names, [batch for batch, _ in batches], plan.config, device, progress)
     staged = job.stage(graph, plan)
     runs = [staged.start(values, i) for i, (_, values) in enumerate(batches)]

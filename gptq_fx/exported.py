@@ -44,6 +44,8 @@ def quantize_exported(
 ) -> ExportedProgram:
     """A program with the linears of `program` (of torch.export.export) quantized, and lowered to kernels.
 
+    Where the model was quantized before it was exported, its weights are taken as they are.
+
     The packed tensors are buffers of the result; the dense weights, which nothing uses any more, are left
     out. Inputs, outputs and dynamic shapes stay. `torch.export.save` writes it; a process that loads it
     has to import gptq_fx, which brings the ops. `program` is not changed.
@@ -90,12 +92,10 @@ def _check(program: object) -> None:
             f"quantize_exported: found {type(program).__name__}. Legal: an ExportedProgram, as "
             "torch.export.export(model, args) returns it; gptq_fx.quantize takes a model"
         )
-    held = [n for n, v in program.state_dict.items() if isinstance(v, QuantizedParameter)]
-    calls = [n.name for n in program.graph.nodes if str(n.target).startswith("gptq.")]
-    if held or calls:
+    report = program.graph_module.meta.get(REPORT)
+    if report is not None:
         raise ConfigError(
-            f"quantize_exported: the program is quantized already ({(held or calls)[0]}). "
-            "Legal: the program of the dense model"
+            "quantize_exported: the program was made by quantize_exported. Legal: the one that was exported"
         )
 
 
@@ -118,7 +118,11 @@ def _quantize(
     progress: bool,
 ) -> None:
     """QuantizedParameters in place of the dense values of the plan; a weight of several sites has one."""
-    chosen = [site for site, decision in decisions.items() if decision.scheme is not None]
+    chosen = [
+        site
+        for site, decision in decisions.items()
+        if decision.scheme is not None and not isinstance(plan.tensor(site.weight), QuantizedParameter)
+    ]
     for site in chosen:
         check_finite(plan.tensor(site.weight), site.name)
     made: dict[tuple[int, bool, Scheme], QuantizedParameter] = {}
@@ -137,11 +141,15 @@ def _quantize(
 
 
 def _report(
-    plan: Plan, decisions: Mapping[Site, Decision], linears: Mapping[int, Linear], weights: Mapping[Site, Tensor]
+    plan: Plan,
+    decisions: Mapping[Site, Decision],
+    linears: Mapping[int, Linear],
+    weights: Mapping[Site, Tensor],
 ) -> Report:
     """One record for each weight; `weights` has them as they were."""
     report = Report()
-    for site, decision in decisions.items():
+    uses = {(site.name, site.kind): (site, decision) for site, decision in decisions.items()}
+    for site, decision in uses.values():
         linear = linears.get(id(weights[site]))
         measured = linear.quantized.measured if linear is not None and linear.quantized else None
         report.add(site.name, site.kind, plan.tensor(site.weight), decision, measured)

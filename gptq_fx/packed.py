@@ -101,7 +101,9 @@ class PackedWeight:
         """The canonical form of one expert of a stack; the others are not touched."""
         one = tuple(None if t is None else t[index : index + 1] for t in self.tensors)
         weight = self.kernel.unpack_all(one, replace(self.layout, experts=1)).expert(0)
-        return weight if self.order is None or not self.sorted or gathered else unsort(weight, self.order[index])
+        return (
+            weight if self.order is None or not self.sorted or gathered else unsort(weight, self.order[index])
+        )
 
     def lower(self, kernel: Kernel, sorted: bool | None = None) -> None:
         """Take the layout of `kernel`, if the weight is not in it; `sorted`, or as the kernel wants it."""

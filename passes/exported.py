@@ -13,10 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 
+from gptq_fx.experts import quantized_experts
+from gptq_fx.handles import handle_block, handle_linear
 from gptq_fx.passes.plan import Operand, Order, Plan
 
 
@@ -27,10 +30,35 @@ def capture_exported(program: ExportedProgram) -> fx.GraphModule:
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
         if spec.kind is InputKind.PARAMETER:
             node.meta["gptq_path"] = spec.target
+    _by_weight(gm)
     for node in gm.graph.nodes:
         if "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]
     return gm
+
+
+def _by_weight(gm: fx.GraphModule) -> None:
+    """Calls by the handle of a QuantizedParameter, which mean nothing to another process, on the parameter.
+
+    handle_linear(x, inner tensor of p, bias, N) -> linear(x, p, bias), and the same for blocks of experts.
+    """
+    for node in list(gm.graph.nodes):
+        owners = [arg.args[0] for arg in node.args if isinstance(arg, fx.Node) and _is_handle(arg)]
+        if node.target is handle_linear:
+            (weight,) = owners
+            if weight.meta["val"].transposed:
+                with gm.graph.inserting_before(node):
+                    weight = gm.graph.call_function(torch.ops.aten.t.default, (weight,))
+            node.target, node.args = torch.ops.aten.linear.default, (node.args[0], weight, node.args[2])
+        elif node.target is handle_block:
+            node.target, node.args = quantized_experts, (*node.args[:3], *owners, *node.args[5:])
+    for node in list(gm.graph.nodes):
+        if _is_handle(node) and not node.users:
+            gm.graph.erase_node(node)
+
+
+def _is_handle(node: fx.Node) -> bool:
+    return node.op == "call_function" and str(node.target) == "export.access_subclass_inner_tensor.default"
 
 
 def input_values(program: ExportedProgram) -> list[Any]:
@@ -55,10 +83,11 @@ def rebuild(
     state = dict(program.state_dict)
     signature = program.graph_signature
     specs = dict(zip(plan.values, signature.input_specs, strict=True))
-    for site in plan.sites:
-        if site.scheme is not None and not site.weight.users and site.weight in specs:
-            del specs[site.weight]
-            graph.graph.erase_node(site.weight)
+    for weight in dict.fromkeys(site.weight for site in plan.sites if site.scheme is not None):
+        _erase_unused(weight)
+        if not weight.users:
+            del specs[weight]
+            graph.graph.erase_node(weight)
     kept = {spec.target for spec in specs.values() if spec.kind is InputKind.PARAMETER}
     state = {name: value for name, value in state.items() if name in kept or name not in signature.parameters}
     buffers: dict[fx.Node, InputSpec] = {}
@@ -103,6 +132,14 @@ def rebuild(
         constants=program.constants,
         verifiers=program.verifiers,
     )
+
+
+def _erase_unused(source: fx.Node) -> None:
+    """Erase what was made of a node for a call that is no more, such as its transpose."""
+    for user in list(source.users):
+        _erase_unused(user)
+        if not user.users and not user.is_impure():
+            user.graph.erase_node(user)
 
 
 def _buffers(plan: Plan, taken: Mapping[str, Any]) -> Iterator[tuple[fx.Node, str, Tensor]]:
@@ -151,7 +188,11 @@ def _add_values(gm: fx.GraphModule, plan: Plan) -> None:
     The output of a linear is told, not traced: a kernel that chooses by the number of rows would bind the
     program to the choice for those it was exported with.
     """
-    linears = {o.node: sum(s.out_features for s in plan.specs(o)) for o in plan.operands if o.node.target is o.kernel.op}
+    linears = {
+        o.node: sum(s.out_features for s in plan.specs(o))
+        for o in plan.operands
+        if o.node.target is o.kernel.op
+    }
     mode = plan.fake_mode
     assert mode is not None
     for node in gm.graph.nodes:

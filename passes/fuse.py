@@ -59,7 +59,9 @@ def _fuse(gm: fx.GraphModule, plan: Plan, group: list[Operand]) -> Operand:
     # The first of them stands behind x, and before every use of any.
     with gm.graph.inserting_before(group[0].node):
         whole = gm.graph.call_function(ops.linear, (x, *inputs, None, bits))
-        parts = gm.graph.call_function(aten.split_with_sizes.default, (whole, [s.out_features for s in specs], -1))
+        parts = gm.graph.call_function(
+            aten.split_with_sizes.default, (whole, [s.out_features for s in specs], -1)
+        )
     for i, (site, operand) in enumerate(zip(sites, group, strict=True)):
         with gm.graph.inserting_before(operand.node):
             part = gm.graph.call_function(operator.getitem, (parts, i))

@@ -89,7 +89,10 @@ def _train(operand: Operand, handle: fx.Node | None, spec: LinearSpec) -> None:
     """The call by handle in place of a call on canonical tensors."""
     node, gathered = operand.node, operand.sorted
     if node.target is ops.linear:
-        node.target, node.args = handle_linear, (node.args[0], handle, node.args[5], spec.out_features, gathered)
+        node.target, node.args = (
+            handle_linear,
+            (node.args[0], handle, node.args[5], spec.out_features, gathered),
+        )
         return
     x, _, which = node.args[:3]
     if node.target is grouped.grouped_linear:

@@ -219,7 +219,9 @@ def test_a_model_with_adapters_of_peft_learns(way: str | None) -> None:
     tuned = with_peft(base())
     if way:
         tuned.compile(backend="gptq", options={"inner_backend": way})
-    before = {name: p.packed.nbytes for name, p in tuned.named_parameters() if isinstance(p, QuantizedParameter)}
+    before = {
+        name: p.packed.nbytes for name, p in tuned.named_parameters() if isinstance(p, QuantizedParameter)
+    }
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
