@@ -38,7 +38,7 @@ def linear_gradient(grad: Tensor, handle: Tensor, in_features: int, gathered: bo
     fake=lambda grad, handle, ends, in_features, gathered: grad.new_empty(grad.shape[0], in_features),
 )
 def grouped_gradient(grad: Tensor, handle: Tensor, ends: Tensor, in_features: int, gathered: bool) -> Tensor:
-    """grad [S, N] -> [S, K]: rows ends[e - 1] to ends[e] by expert e; those behind the last end give zeros."""
+    """grad [S, N] -> [S, K]: rows ends[e - 1] to ends[e] by expert e; those behind the last give 0."""
     packed = live(handle)
     out = grad.new_zeros(grad.shape[0], in_features)
     start = 0
@@ -52,7 +52,8 @@ def grouped_gradient(grad: Tensor, handle: Tensor, ends: Tensor, in_features: in
 def _product(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [*, N] W [N, K] in grad's dtype."""
     dtype = fast_dtype(grad.device.type, grad.dtype)
-    return torch.matmul(grad.to(dtype), weight.to(dtype)).to(grad.dtype)
+    product: Tensor = torch.matmul(grad.to(dtype), weight.to(dtype))
+    return product.to(grad.dtype)
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -44,8 +44,9 @@ class QuantizedParameter(torch.Tensor):
     siblings, after a graph was traced. Scheme, shape, dtype and whether there is an order to sort it by
     are in the flatten metadata, which Dynamo guards: layers of different schemes never share a graph.
 
-    Linear calls on it run the kernel it is packed for, and give their inputs a gradient. detach, clone, deepcopy, to, t, state_dict,
-    load_state_dict, torch.save and torch.load work; any other dense operation raises DenseUseError.
+    Linear calls on it run the kernel it is packed for, and give their inputs a gradient. detach, clone,
+    deepcopy, to, t, state_dict, load_state_dict, torch.save and torch.load work; any other dense operation
+    raises DenseUseError.
     `numel` counts logical elements; `nbytes` and `nelement() * element_size()` count stored bytes,
     as transformers' get_memory_footprint needs.
 

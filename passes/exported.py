@@ -43,7 +43,7 @@ def _by_weight(gm: fx.GraphModule) -> None:
     handle_linear(x, inner tensor of p, bias, N) -> linear(x, p, bias), and the same for blocks of experts.
     """
     for node in list(gm.graph.nodes):
-        owners = [arg.args[0] for arg in node.args if isinstance(arg, fx.Node) and _is_handle(arg)]
+        owners: list[Any] = [a.args[0] for a in node.args if isinstance(a, fx.Node) and _is_handle(a)]
         if node.target is handle_linear:
             (weight,) = owners
             if weight.meta["val"].transposed:
@@ -62,7 +62,7 @@ def _is_handle(node: fx.Node) -> bool:
 
 
 def input_values(program: ExportedProgram) -> list[Any]:
-    """For each placeholder its parameter, buffer or constant, or the fake input the program was traced with."""
+    """For each placeholder its parameter, buffer or constant, or the fake input of the trace."""
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     values: list[Any] = []
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
@@ -104,7 +104,7 @@ def rebuild(
 
     def follow(spec: Any) -> Any:
         """A signature's argument by its node's present name."""
-        name = getattr(spec, "name", None)
+        name = getattr(spec, "name", "")
         return replace(spec, name=renamed[name]) if name in renamed else spec
 
     outputs = [replace(spec, arg=follow(spec.arg)) for spec in signature.output_specs]

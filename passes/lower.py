@@ -104,6 +104,7 @@ def _train(operand: Operand, handle: fx.Node | None, spec: LinearSpec) -> None:
 
 def _train_block(node: fx.Node, gate_up: LinearSpec) -> None:
     """The same for gptq::experts, whose slots for tensors have the handles."""
-    x, ids, weights, (up,), (down,), *rest = node.args[:8]  # type: ignore[misc]
+    arguments: Any = node.args
+    x, ids, weights, (up,), (down,), *rest = arguments[:8]
     node.target = trained_experts
     node.args = (x, ids, weights, up, down, *rest, gate_up.experts, gate_up.out_features)

@@ -232,7 +232,7 @@ def test_what_is_no_program() -> None:
         quantize_exported(MLP())
     with pytest.raises(ConfigError, match="made by quantize_exported"):
         quantize_exported(quantize_exported(program(), G32), G32)
-    with pytest.raises(ConfigError, match="kernel 'cpu_int5'.*cpu_int4"):
+    with pytest.raises(ConfigError, match=r"kernel 'cpu_int5'.*cpu_int4"):
         quantize_exported(program(), G32, kernel="cpu_int5")
     with pytest.raises(KernelError, match="bfloat16"):
         quantize_exported(program(), G32, kernel="cpu_int4")
