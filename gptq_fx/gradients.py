@@ -120,7 +120,8 @@ def trained_indexed(
     """x [S, K] -> [S, N]: row s by expert ids[s] of the stack that `handle` names."""
     order = ids.argsort(stable=True)
     y = handle_grouped(x[order], handle, _ends(ids[order], experts), out_features, gathered)
-    return y[order.argsort()]
+    rows: Tensor = y[order.argsort()]
+    return rows
 
 
 @define(
@@ -155,7 +156,7 @@ def trained_experts(
 
     hidden = linear(x[order // k], gate_up, gate_up_bias, width)
     y = linear(ACTIVATIONS[activation](hidden), down, down_bias, x.shape[-1])
-    weighted = y[order.argsort()].view(T, k, -1) * weights.unsqueeze(-1)
+    weighted: Tensor = y[order.argsort()].view(T, k, -1) * weights.unsqueeze(-1)
     return weighted.sum(1).to(x.dtype)
 
 
