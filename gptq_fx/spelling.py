@@ -72,7 +72,9 @@ LINEAR: dict[Any, Callable[..., Spelled | None]] = {
     torch.Tensor.addmm: _addmm,
     torch.ops.aten.mm.default: _matmul,
     torch.ops.aten.addmm.default: _addmm,
+    torch.ops.aten.matmul.default: _matmul,
     torch.functional.einsum: _einsum,
+    torch.ops.aten.einsum.default: _einsum,
 }
 
 
@@ -141,7 +143,7 @@ def read_block(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bloc
 
 
 # Calls that swap the last two dimensions: name of the function, method or attribute.
-TRANSPOSES = {"t", "T", "mT", "H", "transpose", "swapaxes", "permute", "adjoint", "swapdims"}
+TRANSPOSES = {"t", "T", "numpy_T", "mT", "H", "transpose", "swapaxes", "permute", "adjoint", "swapdims"}
 
 
 def swaps_two_dims(name: str, args: tuple[Any, ...], ndim: int) -> bool:

@@ -16,13 +16,18 @@ from gptq_fx import spelling
 from gptq_fx.passes import experts
 from gptq_fx.passes.plan import Plan, Site
 
-EMBEDDINGS = (F.embedding, torch.embedding)
+aten = torch.ops.aten
+
+EMBEDDINGS = (F.embedding, torch.embedding, aten.embedding.default)
 # Calls that put a weight to another use -> (kind, why it stays dense).
 OTHER_USES: dict[Any, tuple[str, str]] = {
     **{call: ("embedding", "embedding tables are looked up, not multiplied") for call in EMBEDDINGS},
     **{
         conv: ("conv", "convolutions are not quantized")
-        for conv in (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+        for conv in (
+            *(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
+            *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+        )
     },
 }
 # Parts of the names of calls that multiply by a stack of matrices.
@@ -126,7 +131,7 @@ def _transposed(node: fx.Node) -> fx.Node | None:
         source, name, *args = node.args
     elif node.op in ("call_method", "call_function") and node.args:
         source, *args = node.args
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = call_name(node)
     else:
         return None
     args += node.kwargs.values()
@@ -224,4 +229,7 @@ def _through_views(call: fx.Node) -> fx.Node:
 
 
 def call_name(call: fx.Node) -> str:
+    """The name of a function, method or op of aten."""
+    if isinstance(call.target, torch._ops.OpOverload):
+        return spelling.call_name(call.target).removeprefix("aten.")
     return call.target if isinstance(call.target, str) else getattr(call.target, "__name__", str(call.target))
