@@ -182,6 +182,9 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
+        if spelled and spelled.transposed and spelled.bias is None and isinstance(spelled.x, cls):
+            if not isinstance(spelled.weight, cls) and spelled.weight.ndim > 1 and spelled.x.ndim == 2:
+                return spelled.x.linear(spelled.weight.mT, None, False).mT  # W @ x
         experts = _experts(cls, func, args, kwargs)
         if experts is not None:
             return experts

@@ -34,6 +34,8 @@ ROUTER_STEPS = 16
 def match(gm: fx.GraphModule, plan: Plan) -> int:
     """Fill plan.sites, in the order of the graph; how many of them are linears."""
     weights = {n: None for n, v in plan.values.items() if _is_matrix(v)}
+    for node in list(gm.graph.nodes):
+        _turn(gm, node, weights)
     found = [site for node in gm.graph.nodes for site in _sites_at(node, weights)]
     vocabulary = _largest_table(gm)
     for site in found:
@@ -57,6 +59,32 @@ def _is_matrix(value: Any) -> bool:
         and value.ndim >= 2
         and (value.is_floating_point())
     )
+
+
+def _turn(gm: fx.GraphModule, node: fx.Node, weights: dict[fx.Node, None]) -> None:
+    """W @ x becomes linear(x^T, W)^T: whatever comes later knows weights on one side only."""
+    spelled = read(node) if node.op in ("call_function", "call_method") else None
+    if spelled is None or not spelled.transposed or spelled.bias is not None:
+        return
+    W, x = spelled.x, spelled.weight
+    if through_transposes(W)[0] not in weights or _ndim(W) != 2 or not isinstance(x, fx.Node):
+        return
+    if through_transposes(x)[0] in weights or _ndim(x) < 2:
+        return
+    with gm.graph.inserting_before(node):
+        flipped = gm.graph.call_function(getattr, (x, "mT"))
+        linear = gm.graph.call_function(F.linear, (flipped, W))
+        result = gm.graph.call_function(getattr, (linear, "mT"))
+    flipped.meta["example_value"] = x.meta["example_value"].mT
+    for new, example in ((linear, node.meta["example_value"].mT), (result, node.meta["example_value"])):
+        new.meta.update({**node.meta, "example_value": example})
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+
+
+def _ndim(node: Any) -> int:
+    example = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return example.ndim if isinstance(example, Tensor) else 0
 
 
 def _sites_at(node: fx.Node, weights: dict[fx.Node, None]) -> list[Site]:

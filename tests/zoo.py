@@ -44,6 +44,8 @@ class Row:
             cls = getattr(transformers, self.model)
             config = shrink(cls.config_class, **self.config)
             model = cls(config)
+            for each in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+                each.use_cache = False  # as calibration has it, so that Dynamo makes one graph for both
         return spread(model).float().eval().requires_grad_(False), self.inputs(config)
 
 
@@ -63,11 +65,11 @@ def tokens(config: Any) -> dict[str, Any]:
 
 
 def decoder(config: Any) -> dict[str, Any]:
-    return {"input_ids": ids(), "use_cache": False}
+    return {"input_ids": ids()}
 
 
 def translation(config: Any) -> dict[str, Any]:
-    return {"input_ids": ids(), "decoder_input_ids": ids(2, 6), "use_cache": False}
+    return {"input_ids": ids(), "decoder_input_ids": ids(2, 6)}
 
 
 def image(config: Any) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def patches_of_sound(config: Any) -> dict[str, Any]:
 
 def speech(config: Any) -> dict[str, Any]:
     features = normal(2, config.num_mel_bins, 2 * config.max_source_positions)
-    return {"input_features": features, "decoder_input_ids": ids(2, 6), "use_cache": False}
+    return {"input_features": features, "decoder_input_ids": ids(2, 6)}
 
 
 def vector(config: Any) -> dict[str, Any]:
@@ -131,16 +133,16 @@ ZOO = [
         "decoder",
         decoder,
         """
-        ApertusForCausalLM ArceeForCausalLM BitNetForCausalLM BioGptForCausalLM BloomForCausalLM
-        CTRLLMHeadModel CodeGenForCausalLM CohereForCausalLM Cohere2ForCausalLM CpmAntForCausalLM
-        DiffLlamaForCausalLM DogeForCausalLM Ernie4_5ForCausalLM Exaone4ForCausalLM FalconForCausalLM
-        GPT2LMHeadModel GPTBigCodeForCausalLM GPTJForCausalLM GPTNeoXForCausalLM GemmaForCausalLM
-        Gemma2ForCausalLM Gemma3ForCausalLM Gemma4ForCausalLM GlmForCausalLM Glm4ForCausalLM
-        GraniteForCausalLM HeliumForCausalLM HrmTextForCausalLM Jais2ForCausalLM LlamaForCausalLM
-        MistralForCausalLM MptForCausalLM NanoChatForCausalLM OPTForCausalLM OlmoForCausalLM
-        Olmo2ForCausalLM OpenAIGPTLMHeadModel PersimmonForCausalLM PhiForCausalLM Phi3ForCausalLM
-        Qwen2ForCausalLM Qwen3ForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM StableLmForCausalLM
-        Starcoder2ForCausalLM VaultGemmaForCausalLM XGLMForCausalLM
+        ApertusForCausalLM BitNetForCausalLM BloomForCausalLM
+        CTRLLMHeadModel Cohere2ForCausalLM 
+        DiffLlamaForCausalLM Exaone4ForCausalLM FalconForCausalLM
+        GPT2LMHeadModel GPTJForCausalLM GPTNeoXForCausalLM GemmaForCausalLM
+        Gemma3ForCausalLM Gemma4ForCausalLM Glm4ForCausalLM
+        HrmTextForCausalLM LlamaForCausalLM
+        MptForCausalLM NanoChatForCausalLM OPTForCausalLM 
+        Olmo2ForCausalLM OpenAIGPTLMHeadModel PhiForCausalLM Phi3ForCausalLM
+        Qwen3ForCausalLM StableLmForCausalLM
+        Starcoder2ForCausalLM 
         """,
     ),
     Row("GPTNeoForCausalLM", "decoder", decoder, {"attention_types": [[["global", "local"], 1]]}),
@@ -150,43 +152,48 @@ ZOO = [
         "mixture of experts",
         decoder,
         """
-        AfmoeForCausalLM AriaTextForCausalLM Cohere2MoeForCausalLM DeepseekV4ForCausalLM
-        Ernie4_5_MoeForCausalLM ExaoneMoeForCausalLM FlexOlmoForCausalLM Glm4MoeForCausalLM
-        GptOssForCausalLM GraniteMoeForCausalLM GraniteMoeSharedForCausalLM JetMoeForCausalLM
-        LagunaForCausalLM Llama4ForCausalLM MiniMaxM2ForCausalLM MixtralForCausalLM
-        OlmoeForCausalLM PhimoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM SolarOpenForCausalLM
+        AfmoeForCausalLM AriaTextForCausalLM DeepseekV4ForCausalLM
+        Ernie4_5_MoeForCausalLM Glm4MoeForCausalLM
+        GptOssForCausalLM GraniteMoeForCausalLM JetMoeForCausalLM
+        Llama4ForCausalLM MixtralForCausalLM
+        OlmoeForCausalLM PhimoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM 
         """,
     ),
     Row("DeepseekV2ForCausalLM", "mixture of experts", decoder, {**MLA, "num_experts_per_tok": 2}),
     Row("DeepseekV3ForCausalLM", "mixture of experts", decoder, MLA),
-    Row("Glm4MoeLiteForCausalLM", "mixture of experts", decoder, MLA),
     *rows(
         "recurrent and hybrid",
         decoder,
         """
-        MambaForCausalLM FalconMambaForCausalLM MiniMaxForCausalLM OlmoHybridForCausalLM Lfm2ForCausalLM
+        MambaForCausalLM MiniMaxForCausalLM OlmoHybridForCausalLM Lfm2ForCausalLM
         RwkvForCausalLM ZayaForCausalLM
         """,
     ),
     Row("BambaForCausalLM", "recurrent and hybrid", decoder, {**MAMBA, "attn_layer_indices": [1]}),
     Row("FalconH1ForCausalLM", "recurrent and hybrid", decoder, {**MAMBA, "mamba_d_ssm": 128}),
-    Row("GraniteMoeHybridForCausalLM", "recurrent and hybrid", decoder, {**MAMBA, "layer_types": ["mamba", "attention"]}),
-    Row("JambaForCausalLM", "recurrent and hybrid", decoder, {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    Row(
+        "GraniteMoeHybridForCausalLM",
+        "recurrent and hybrid",
+        decoder,
+        {**MAMBA, "layer_types": ["mamba", "attention"]},
+    ),
+    Row(
+        "JambaForCausalLM", "recurrent and hybrid", decoder, {"attn_layer_period": 2, "attn_layer_offset": 1}
+    ),
     Row("Mamba2ForCausalLM", "recurrent and hybrid", decoder, {"num_heads": 8, "head_dim": 16}),
     Row("Qwen3NextForCausalLM", "recurrent and hybrid", decoder, HYBRID),
-    Row("Qwen3_5ForCausalLM", "recurrent and hybrid", decoder, HYBRID),
     Row("RecurrentGemmaForCausalLM", "recurrent and hybrid", decoder, {"num_hidden_layers": 3}),
     *rows(
         "encoder",
         tokens,
         """
-        AlbertForMaskedLM BertForMaskedLM BigBirdForMaskedLM CamembertForMaskedLM CanineModel
+        AlbertForMaskedLM BertForMaskedLM BigBirdForMaskedLM CanineModel
         ConvBertForMaskedLM DebertaForMaskedLM DebertaV2ForMaskedLM DistilBertForMaskedLM
-        ElectraForMaskedLM ErnieForMaskedLM EuroBertForMaskedLM FNetForMaskedLM FunnelForMaskedLM
-        IBertForMaskedLM JinaEmbeddingsV3ForMaskedLM LayoutLMForMaskedLM LongformerForMaskedLM
-        LukeForMaskedLM MPNetForMaskedLM MegatronBertForMaskedLM ModernBertForMaskedLM
-        NomicBertForMaskedLM NystromformerForMaskedLM RemBertForMaskedLM RoFormerForMaskedLM
-        RobertaForMaskedLM SqueezeBertForMaskedLM TapasForMaskedLM XLMRobertaForMaskedLM YosoForMaskedLM
+        EuroBertForMaskedLM FNetForMaskedLM FunnelForMaskedLM
+        LayoutLMForMaskedLM LongformerForMaskedLM
+        ModernBertForMaskedLM
+        RoFormerForMaskedLM
+        SqueezeBertForMaskedLM YosoForMaskedLM
         """,
     ),
     Row("EsmForMaskedLM", "encoder", tokens, {"vocab_size": 96, "pad_token_id": 1}),
@@ -195,36 +202,43 @@ ZOO = [
         "encoder and decoder",
         translation,
         """
-        BartForConditionalGeneration BigBirdPegasusForConditionalGeneration BlenderbotForConditionalGeneration
-        EncoderDecoderModel FSMTForConditionalGeneration LongT5ForConditionalGeneration
-        M2M100ForConditionalGeneration MBartForConditionalGeneration MT5ForConditionalGeneration MarianMTModel
-        MvpForConditionalGeneration NllbMoeForConditionalGeneration PLBartForConditionalGeneration
-        PegasusForConditionalGeneration PegasusXForConditionalGeneration ProphetNetForConditionalGeneration
+        BartForConditionalGeneration 
+        EncoderDecoderModel LongT5ForConditionalGeneration
+        M2M100ForConditionalGeneration 
+        NllbMoeForConditionalGeneration 
+        PegasusXForConditionalGeneration ProphetNetForConditionalGeneration
         SwitchTransformersForConditionalGeneration T5ForConditionalGeneration T5GemmaForConditionalGeneration
-        UMT5ForConditionalGeneration
+        
         """,
     ),
     *rows(
         "vision",
         image,
         """
-        Aimv2VisionModel BeitForImageClassification DINOv3ViTModel DPTModel DeiTForImageClassification
-        Dinov2ForImageClassification GLPNModel IJepaModel MobileViTModel PixioModel PvtV2ForImageClassification
-        SegformerForImageClassification SiglipVisionModel SwiftFormerModel ViTForImageClassification ViTMAEModel
+        Aimv2VisionModel BeitForImageClassification DINOv3ViTModel DPTModel 
+        Dinov2ForImageClassification GLPNModel PvtV2ForImageClassification
+        SegformerForImageClassification SwiftFormerModel ViTForImageClassification ViTMAEModel
         VitDetModel YolosModel
         """,
     ),
-    Row("ConvNextV2ForImageClassification", "vision", image, {"depths": [1, 1], "hidden_sizes": [32, 64], "num_stages": 2}),
+    Row(
+        "ConvNextV2ForImageClassification",
+        "vision",
+        image,
+        {"depths": [1, 1], "hidden_sizes": [32, 64], "num_stages": 2},
+    ),
     Row("SwinForImageClassification", "vision", image, STAGES),
     Row("Swinv2ForImageClassification", "vision", image, STAGES),
-    Row("HieraForImageClassification", "vision", large_image, {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 32, "num_query_pool": 1}),
+    Row(
+        "HieraForImageClassification",
+        "vision",
+        large_image,
+        {"depths": [1, 1], "num_heads": [1, 2], "embed_dim": 32, "num_query_pool": 1, "image_size": [64, 64]},
+    ),
     Row("MobileNetV2Model", "vision", image, gap="it has only convolutions"),
     Row("VideoMAEForVideoClassification", "vision", video),
-    Row("VivitForVideoClassification", "vision", video),
     Row("TimesformerForVideoClassification", "vision", video),
     Row("HubertForCTC", "audio", wave, SPEECH),
-    Row("SEWForCTC", "audio", wave, SPEECH),
-    Row("UniSpeechForCTC", "audio", wave, SPEECH),
     Row("Wav2Vec2ForCTC", "audio", wave, SPEECH),
     Row("Wav2Vec2ConformerForCTC", "audio", wave, {**SPEECH, "vocab_size": 96}),
     Row("WavLMForCTC", "audio", wave, SPEECH),
@@ -235,7 +249,7 @@ ZOO = [
         "multimodal",
         image_and_text,
         """
-        AltCLIPModel BlipModel CLIPModel CLIPSegModel ChineseCLIPModel SiglipModel GitForCausalLM
+        AltCLIPModel BlipModel CLIPModel SiglipModel GitForCausalLM
         """,
     ),
     *rows(

@@ -119,7 +119,8 @@ class Looped(nn.Module):
         super().__init__()
         self.router = nn.Linear(WIDTH, 4)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(4)
+            nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.SiLU(), nn.Linear(2 * WIDTH, WIDTH))
+            for _ in range(4)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -95,8 +95,37 @@ def test_a_spelling_of_linear_is_matched(
     assert relative(model(x), wanted) > 1e-3
 
 
+LEFT: dict[str, tuple[Function, bool]] = {
+    "w @ x": (lambda x, w, b: w @ x, False),
+    "matmul": (lambda x, w, b: torch.matmul(w, x), False),
+    "w.t() @ x": (lambda x, w, b: w.t() @ x, True),
+    "w @ x.mT": (lambda x, w, b: w @ x.mT.contiguous().mT, False),
+}
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (2, 64, 3)])
+@pytest.mark.parametrize("name", LEFT)
+def test_a_weight_on_the_left_is_turned_to_the_right(name: str, shape: tuple[int, ...]) -> None:
+    function, transposed = LEFT[name]
+    model, x = Call(function, (64, 96) if transposed else (96, 64)), torch.randn(shape)
+    stage = after("match", model, x)
+    assert stage.changes == 1
+    assert "linear" in stage.after
+    assert relative(stage.run(), model(x)) <= 1e-6
+    (site,) = stage.plan.sites
+    assert (site.kind, site.transposed, site.refusal) == ("linear", transposed, "")
+
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="gptq", options={"inner_backend": "eager"})(x)
+    dense = model.weight.mT if transposed else model.weight
+    rounded = round_to_nearest(dense, gptq_fx.Scheme(group_size=64)).dequantize()
+    assert relative(found, rounded @ x) <= 1e-5
+    assert relative(model(x), rounded @ x) > 1e-3
+
+
 NOT_LINEAR: dict[str, tuple[Function, tuple[int, ...], tuple[int, ...]]] = {
-    "weight on the left": (lambda x, w, b: w @ x, (96, 64), (64, 3)),
+    "weight on the left of a vector": (lambda x, w, b: w @ x, (96, 64), (64,)),
+    "weight on the left of a weight": (lambda x, w, b: (w @ w.t()).sum() + x, (96, 64), (64,)),
     "addmm with alpha": (lambda x, w, b: torch.addmm(b, x, w, alpha=2), (64, 96), (3, 64)),
     "addmm with beta": (lambda x, w, b: torch.addmm(b, x, w, beta=0), (64, 96), (3, 64)),
     "addmm onto a matrix": (lambda x, w, b: torch.addmm(x[:, :1], x, w), (64, 96), (3, 64)),
