@@ -1,4 +1,4 @@
-"""What becomes of one model: its graphs, its matrices and why some stay dense, and how right its outputs are."""
+"""What becomes of one model: its graphs, which matrices stay dense and why, and how right its outputs are."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _rounded(parameter: Tensor) -> Tensor | None:
 
 
 def _with(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """A copy with other numbers in some of its weights. One that is an embedding's too is that one's no more."""
+    """A copy with other numbers in some of its weights."""
     twin = copy.deepcopy(model)
     for name, parameter in list(twin.named_parameters()):
         if name in weights:

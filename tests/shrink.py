@@ -12,35 +12,26 @@ WIDTH = 64
 # Field -> the most it may be; the first pattern that matches the whole name. Fields that none matches keep
 # their default. Sizes are multiples of 32, so that every linear has whole groups.
 LIMITS: list[tuple[str, int]] = [
-    (r"(type|position|pos)_vocab_size|num_key_value_groups|num_attention_groups", 8),
-    (r"(.*_)?vocab_size(_.*)?|n_vocab|vocab_dim", VOCABULARY),
-    (r"(.*_)?(num_)?(key_value|kv|k_v)_heads|num_ln_in_v_heads|n_kv_heads?|linear_num_key_heads", 2),
-    (r"(.*_)?(n_|num_)?(attention_)?heads?|mamba_n_heads", 4),
-    (r"(.*_)?(head_dim|d_kv|d_head|head_width|key_dim_per_head|rotary_dim)", 16),
-    (r"(.*_)?num_(experts|local_experts|routed_experts)|n_routed_experts|moe_num_experts|num_experts", 4),
-    (
-        r"num_experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|num_selected_experts|expert_capacity|top_k_experts",
-        2,
-    ),
-    (
-        r"(.*_)?(num|n)_(.*_)?(layers?|blocks|stages)|(.*_)?(encoder|decoder)_layers|(.*_)?depth|.*_layers_num",
-        2,
-    ),
-    (r"(.*_)?(intermediate|ffn|feedforward|mlp)(_hidden)?_(size|dim)(_mlp)?|n_inner|d_ff|d_inner", 2 * WIDTH),
+    (r"type_vocab_size", 8),
+    (r"(.*_)?vocab_size(_.*)?", VOCABULARY),
+    (r"(.*_)?num_(key_value|kv|key)_heads|linear_num_key_heads", 2),
+    (r"(.*_)?(num_)?(attention_)?heads?|(.*_)?n_heads?", 4),
+    (r"(.*_)?head_dim|d_kv|d_head|(.*_)?rotary_dim", 16),
+    (r"(.*_)?num_(experts|local_experts)|n_routed_experts", 4),
+    (r"num_experts_per_tok|moe_k|moe_topk|expert_capacity", 2),
+    (r"(.*_)?(num|n)_(.*_)?(layers?|blocks|stages)|(.*_)?(encoder|decoder)_layers|(.*_)?depth", 2),
+    (r"(.*_)?(intermediate|ffn|feedforward|mlp)_(size|dim)(_mlp)?|n_inner|d_ff|d_inner", 2 * WIDTH),
     (r"(.*_)?lora_rank|(.*_)?time_step_rank|mamba_dt_rank", 32),
     (r"(.*_)?state_size|(.*_)?d_state", 16),
+    (r"(.*_)?max_.*positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|seq_length", 64),
+    (r"(.*_)?chunk_size|block_size|sliding_window", 8),
     (
-        r"(.*_)?max_.*positions?(_embeddings)?|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_length",
-        64,
-    ),
-    (r"(.*_)?chunk_size|block_size|(.*_)?window_length|sliding_window", 8),
-    (
-        r"(.*_)?(hidden|embed|embedding|embeddings|projection|proj|model|input|output|key|value|query|pooler_output|"
-        r"out_hidden|codevector|latent|latents|channel|channels)_(size|dim|dims)|d_model|n_embd|dim|d_latents|width|"
-        r"(.*_)?(out_)?hidden_size(_per_layer_input)?|(.*_)?proj_size|lru_width|attention_hidden_size",
+        r"(.*_)?(hidden|embed|embedding|projection|proj|model|input|output|key|value|codevector)_(size|dim)",
         WIDTH,
     ),
-    (r"image_size|(.*_)?input_image_size", 32),
+    (r"(.*_)?hidden_size_per_layer_input|pooler_output_size|out_hidden_size|lru_width", WIDTH),
+    (r"d_model|n_embd|dim|d_latents|width|(.*_)?(latents?|channels?)_dim", WIDTH),
+    (r"image_size", 32),
     (r"(.*_)?patch_size", 8),
 ]
 
