@@ -25,12 +25,15 @@ Tiny random models of many architectures, run by `tests/test_zoo.py`, which writ
 
     python -m pytest tests/test_zoo.py -m "slow or not slow" --zoo-table docs/zoo.md
 
-Every model is called as it comes from its library, in fp32. *graphs*: of Dynamo's, that the backend was given.
-*sites*: matrices that were quantized in them. *share*: of the elements of all matrices that the model uses,
-embedding tables and convolutions left out. *8 bits*, *4 bits*: relative error of the first output against the
-dense model, in groups of 32; at 8 bits rounded by the compiler, at 4 bits by GPTQ calibrated on that one batch.
-Errors of tiny random models say little of trained ones: they are here to show a weight that is multiplied
-wrongly. *stays dense*: matrices beside tables and convolutions, with the reason that the report gives.
+Every model is called as it comes from its library, in fp32.
+
+- *graphs*: of Dynamo's, that the backend was given
+- *sites*: matrices that were quantized in them
+- *share*: of the elements of all matrices that the model uses, tables and convolutions left out
+- *8 bits*, *4 bits*: relative error of the first output against the dense model, in groups of 32. At 8 bits
+  the compiler rounds the weights, at 4 bits GPTQ is calibrated on that one batch. Errors of tiny random models
+  say little of trained ones; they would show a weight that is multiplied wrongly.
+- *stays dense*: what else the model computes with, with the reason of the report
 """
 HEAD = "architecture | graphs | sites | share | 8 bits | 4 bits | stays dense"
 
@@ -62,10 +65,8 @@ def _missed(model: nn.Module, name: str, kind: str) -> bool:
 
 def markdown(found: dict[Row, Census | str]) -> str:
     """The rows that were run, under headings by family."""
-    lines = [INTRODUCTION]
-    lines.append(
-        f"Made with PyTorch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}.\n"
-    )
+    versions = f"PyTorch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    lines = [INTRODUCTION, f"Made with {versions}.\n"]
     passed = sum(1 for row in found if not row.gap)
     lines.append(f"{passed} of {len(found)} architectures pass fully.\n")
     for family in dict.fromkeys(row.family for row in found):
