@@ -182,9 +182,8 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
-        if spelled and spelled.transposed and spelled.bias is None and isinstance(spelled.x, cls):
-            if not isinstance(spelled.weight, cls) and spelled.weight.ndim > 1 and spelled.x.ndim == 2:
-                return spelled.x.linear(spelled.weight.mT, None, False).mT  # W @ x
+        if spelled and isinstance(spelled.x, cls) and _on_the_left(spelled):
+            return spelled.x.linear(spelled.weight.mT, None, False).mT
         experts = _experts(cls, func, args, kwargs)
         if experts is not None:
             return experts
@@ -275,6 +274,13 @@ def _block(call: spelling.Block) -> Tensor:
 def _flat(args: Any) -> Any:
     for a in args:
         yield from _flat(a) if isinstance(a, (list, tuple)) else (a,)
+
+
+def _on_the_left(spelled: spelling.Spelled) -> bool:
+    """Whether it is W @ x, with the weight where x is wanted; x has rows."""
+    W, x = spelled.x, spelled.weight
+    product = spelled.transposed and spelled.bias is None
+    return product and W.ndim == 2 and x.ndim > 1 and not isinstance(x, QuantizedParameter)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

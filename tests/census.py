@@ -67,7 +67,8 @@ def examine(model: nn.Module, inputs: dict[str, Any]) -> Census:
     rounded = {name: made for name, p in model.named_parameters() if (made := _rounded(p)) is not None}
     uncompiled = run(_with(model, rounded), inputs)
 
-    config = gptq_fx.GPTQConfig(bits=4, group_size=32)
+    # Stages have an order only where there is one graph.
+    config = gptq_fx.GPTQConfig(bits=4, group_size=32, sequential=len(plans) == 1)
     gptq_fx.quantize(model, config, [inputs], progress=False)
     calibrated = run(model, inputs)
     linear = {n: size for n, size in sizes.items() if n in rounded or told.get(n, ("",))[0] not in NO_LINEAR}

@@ -248,6 +248,25 @@ def test_a_linear_without_a_module_and_one_without_inputs() -> None:
     assert (model(x) - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_a_linear_whose_weight_is_used_otherwise_stays_dense() -> None:
+    class Blocks(nn.Module):
+        """A linear that is multiplied block by block, as grouped projections are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((x @ self.blocks.weight.view(2, 32, 64).mT).transpose(0, 1).flatten(1))
+
+    model, x = Blocks().requires_grad_(False), torch.randn(128, 64)
+    wanted = model(x)
+    report = quantize(model, [{"x": x}], bits=8)
+    assert codes(model).keys() == {"last.weight"}
+    assert "used by view" in site(report, "blocks").reason
+    assert (model(x) - wanted).norm() < 0.02 * wanted.norm()
+
+
 def test_an_output_projection_that_is_only_a_table_says_so() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

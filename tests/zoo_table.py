@@ -31,8 +31,8 @@ Every model is called as it comes from its library, in fp32.
 - *sites*: matrices that were quantized in them
 - *share*: of the elements of all matrices that the model uses, tables and convolutions left out
 - *8 bits*, *4 bits*: relative error of the first output against the dense model, in groups of 32. At 8 bits
-  the compiler rounds the weights, at 4 bits GPTQ is calibrated on that one batch. Errors of tiny random models
-  say little of trained ones; they would show a weight that is multiplied wrongly.
+  the compiler rounds the weights, at 4 bits GPTQ is calibrated on that one batch. Errors of tiny random
+  models say little of trained ones; they would show a weight that is multiplied wrongly.
 - *stays dense*: what else the model computes with, with the reason of the report
 """
 HEAD = "architecture | graphs | sites | share | 8 bits | 4 bits | stays dense"
