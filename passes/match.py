@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from gptq_fx import spelling
 from gptq_fx.passes import experts
+from gptq_fx.passes.inline import inline
 from gptq_fx.passes.plan import Plan, Site
 
 EMBEDDINGS = (F.embedding, torch.embedding)
@@ -34,6 +35,7 @@ ROUTER_STEPS = 16
 def match(gm: fx.GraphModule, plan: Plan) -> int:
     """Fill plan.sites, in the order of the graph; how many of them are linears."""
     weights = {n: None for n, v in plan.values.items() if _is_matrix(v)}
+    inline(gm, weights)
     for node in list(gm.graph.nodes):
         _turn(gm, node, weights)
     found = [site for node in gm.graph.nodes for site in _sites_at(node, weights)]

@@ -158,6 +158,36 @@ def test_what_is_no_linear_stays_dense_and_says_why(name: str) -> None:
     assert torch.equal(found, model(x))
 
 
+class SelfAttention(nn.Module):
+    """torch's own, which Dynamo keeps as one call on the weights."""
+
+    def __init__(self, cross: bool = False) -> None:
+        super().__init__()
+        self.inner, self.cross = nn.MultiheadAttention(64, 4, batch_first=True), cross
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x[:, :2] if self.cross else x, x, x, need_weights=self.cross)[0]
+
+
+def test_the_linears_of_torchs_attention_are_matched() -> None:
+    model, x = SelfAttention().eval().requires_grad_(False), torch.randn(2, 5, 64)
+    stage = after("match", model, x)
+    assert "multi_head_attention_forward" in stage.before
+    assert "multi_head_attention_forward" not in stage.after
+    assert relative(stage.run(), model(x)) <= 1e-6
+    found = {site.name: site.refusal for site in stage.plan.sites}
+    assert found == {"inner.in_proj_weight": "", "inner.out_proj": ""}
+
+
+def test_queries_apart_from_keys_leave_the_shared_projection_dense() -> None:
+    model, x = SelfAttention(cross=True).eval().requires_grad_(False), torch.randn(2, 5, 64)
+    stage = after("match", model, x)
+    assert relative(stage.run(), model(x)) <= 1e-6
+    found = {site.name: site.refusal for site in stage.plan.sites}
+    assert found["inner.out_proj"] == ""
+    assert "split" in found["inner.in_proj_weight"]
+
+
 def test_a_linear_of_a_stack_is_reported_as_such() -> None:
     stage = after("match", Call(NOT_LINEAR["stack on the left"][0], (2, 96, 64)), torch.randn(2, 64, 3))
     (site,) = stage.plan.sites
