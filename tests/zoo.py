@@ -130,7 +130,7 @@ ZOO = [
         tokens,
         """
         ApertusForCausalLM BitNetForCausalLM BloomForCausalLM
-        CTRLLMHeadModel Cohere2ForCausalLM 
+        Cohere2ForCausalLM 
         DiffLlamaForCausalLM Exaone4ForCausalLM FalconForCausalLM
         GPT2LMHeadModel GPTJForCausalLM GPTNeoXForCausalLM GemmaForCausalLM
         Gemma3ForCausalLM Gemma4ForCausalLM Glm4ForCausalLM
@@ -141,6 +141,7 @@ ZOO = [
         Starcoder2ForCausalLM 
         """,
     ),
+    Row("CTRLLMHeadModel", "decoder", tokens, {"dff": 128}),
     Row("GPTNeoForCausalLM", "decoder", tokens, {"attention_types": [[["global", "local"], 1]]}),
     Row("MiniCPM3ForCausalLM", "decoder", tokens, MLA),
     Row("NemotronForCausalLM", "decoder", tokens, {"num_key_value_heads": 2}),
@@ -148,13 +149,15 @@ ZOO = [
         "mixture of experts",
         tokens,
         """
-        AfmoeForCausalLM AriaTextForCausalLM DeepseekV4ForCausalLM
+        AfmoeForCausalLM AriaTextForCausalLM
         Ernie4_5_MoeForCausalLM Glm4MoeForCausalLM
-        GptOssForCausalLM GraniteMoeForCausalLM JetMoeForCausalLM
+        GptOssForCausalLM GraniteMoeForCausalLM
         Llama4ForCausalLM MixtralForCausalLM
         OlmoeForCausalLM PhimoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM 
         """,
     ),
+    Row("DeepseekV4ForCausalLM", "mixture of experts", tokens, gap="o_a_proj.weight: used by view"),
+    Row("JetMoeForCausalLM", "mixture of experts", tokens, gap="experts.input_linear.weight: used by linear"),
     Row("DeepseekV2ForCausalLM", "mixture of experts", tokens, {**MLA, "num_experts_per_tok": 2}),
     Row("DeepseekV3ForCausalLM", "mixture of experts", tokens, MLA),
     *rows(
@@ -246,13 +249,10 @@ ZOO = [
         AltCLIPModel BlipModel CLIPModel SiglipModel GitForCausalLM
         """,
     ),
-    *rows(
-        "plain PyTorch",
-        vector,
-        """
-        Bare Attention TorchTransformer Recurrent Shared Broken Looped
-        """,
-    ),
+    *rows("plain PyTorch", vector, "Bare Attention Shared Broken"),
+    Row("TorchTransformer", "plain PyTorch", vector, gap="used by _transformer_encoder_layer_fwd"),
+    Row("Recurrent", "plain PyTorch", vector, gap="no graph reached it"),
+    Row("Looped", "plain PyTorch", vector, gap="no graph reached it"),
     *rows("plain PyTorch", picture, "VisionTransformer Mixer ConvNet SwinBlock"),
 ]
 
