@@ -72,6 +72,9 @@ def make_plan(
         dict(zip(placeholders, values, strict=True)),
         parameter_names(graph, values, root),
         explicit,
+        frozenset(id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding))
+        if root
+        else frozenset(),
     )
 
 

@@ -184,6 +184,8 @@ class QuantizedParameter(torch.Tensor):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
         if spelled and isinstance(spelled.x, cls) and _on_the_left(spelled):
             return spelled.x.linear(spelled.weight.mT, None, False).mT
+        if func is spelling.ATTENTION:
+            return spelling.attention(*args, **kwargs)
         experts = _experts(cls, func, args, kwargs)
         if experts is not None:
             return experts

@@ -8,23 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from types import FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-ATTENTION = F.multi_head_attention_forward
-# The same code, but for the question whether something overrides it: the recorder does.
-_BODY = FunctionType(
-    ATTENTION.__code__,
-    {**ATTENTION.__globals__, "has_torch_function": lambda args: False},
-    ATTENTION.__name__,
-    ATTENTION.__defaults__,
-)
+from gptq_fx.spelling import ATTENTION, attention
 
 
 class _Unknown(Exception):
@@ -44,7 +35,9 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
         recorder = _Recorder(gm.graph, node)
         try:
             with recorder:
-                outputs = _BODY(*tree_map(recorder.value, node.args), **tree_map(recorder.value, node.kwargs))
+                outputs = attention(
+                    *tree_map(recorder.value, node.args), **tree_map(recorder.value, node.kwargs)
+                )
             if any(user.target is not operator.getitem for user in parts):
                 raise _Unknown
             found = [recorder.argument(outputs[user.args[1]]) for user in parts]  # type: ignore[index]

@@ -44,7 +44,7 @@ def match(gm: fx.GraphModule, plan: Plan) -> int:
         assert site.node is not None
         site.name = _site_name(site.node, site.weight, plan)
         if site.experts is None:
-            site.kind = _kind(site, vocabulary if site is found[-1] else None)
+            site.kind = _kind(site, vocabulary if site is found[-1] else None, plan)
     plan.sites += found
     claimed = {site.weight for site in found}
     for weight in (w for w in weights if w not in claimed):
@@ -185,25 +185,25 @@ def _site_name(node: fx.Node, weight: fx.Node, plan: Plan) -> str:
     """The path of the weight, less ".weight"; of several (tied), the one of the calling module."""
     paths = [p.removesuffix(".weight") for p in plan.names(weight)]
     caller = module_path(node)
-    if len(paths) > 1 or _is_tied(weight):
+    if len(paths) > 1 or _is_tied(weight, plan):
         near = [p for p in paths if caller and (p == caller or p.endswith("." + caller))]
         if near or caller:
             return near[0] if near else caller
     return paths[0]
 
 
-def _is_tied(weight: fx.Node) -> bool:
-    return any(user.target in EMBEDDINGS for user in weight.users)
+def _is_tied(weight: fx.Node, plan: Plan) -> bool:
+    return id(plan.tensor(weight)) in plan.tables or any(user.target in EMBEDDINGS for user in weight.users)
 
 
-def _kind(site: Site, vocabulary: int | None) -> str:
+def _kind(site: Site, vocabulary: int | None, plan: Plan) -> str:
     """lm_head: tied to an embedding, named so, or the last linear of the graph with one output for
     each row of the largest embedding table (`vocabulary`).
     router: followed by a choice of experts, or named so."""
     assert site.node is not None
     leaf = site.name.rpartition(".")[2]
     outputs = site.weight.meta["example_value"].shape[1 if site.transposed else 0]
-    if _is_tied(site.weight) or leaf in ("lm_head", "embed_out") or outputs == vocabulary:
+    if _is_tied(site.weight, plan) or leaf in ("lm_head", "embed_out") or outputs == vocabulary:
         return "lm_head"
     return "router" if leaf == "router" or _routes(site.node) else "linear"
 

@@ -147,6 +147,7 @@ class Plan:
     values: the real input of each placeholder that the tracer made.
     names: placeholder -> the paths of its parameter.
     explicit: the user gave options (they then apply to weights that `quantize` left dense).
+    tables: ids of the weights of embeddings, which may stand in other graphs.
     """
 
     config: GPTQConfig
@@ -154,6 +155,7 @@ class Plan:
     values: dict[fx.Node, Any]
     names: Callable[[fx.Node], tuple[str, ...]]
     explicit: bool = False
+    tables: frozenset[int] = frozenset()
     sites: list[Site] = field(default_factory=list)
     operands: list[Operand] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)

@@ -326,6 +326,21 @@ def test_a_graph_break_is_named_and_the_way_round_it() -> None:
     assert {s.name for s in report.sites if s.loss is not None} == {"a", "b"}
 
 
+def test_a_model_that_dynamo_gave_up_before_names_the_way_round_it() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.last = nn.LSTM(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.lstm(x)[0])
+
+    model, data = Recurrent().requires_grad_(False), {"x": torch.randn(16, 64)}
+    gptq_fx.explain(model, **data)
+    with pytest.raises(CalibrationError, match="sequential=False"):
+        quantize(model, [data])
+
+
 def test_layers_that_share_one_graph_get_their_own_hessians() -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:

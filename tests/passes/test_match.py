@@ -158,6 +158,24 @@ def test_what_is_no_linear_stays_dense_and_says_why(name: str) -> None:
     assert torch.equal(found, model(x))
 
 
+def test_a_tied_projection_is_known_behind_a_graph_break() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body, self.last = nn.Embedding(96, 64), nn.Linear(64, 64), nn.Linear(64, 96)
+            self.last.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.body(self.table(ids))
+            torch._dynamo.graph_break()
+            return self.last(x)
+
+    model = Tied().requires_grad_(False)
+    sites = {s.name: s for s in gptq_fx.explain(model, torch.tensor([[5, 7]])).sites if s.name != "table"}
+    assert {name: site.kind for name, site in sites.items()} == {"body": "linear", "last": "lm_head"}
+    assert sites["last"].scheme is None
+
+
 class SelfAttention(nn.Module):
     """torch's own, which Dynamo keeps as one call on the weights."""
 
@@ -177,6 +195,17 @@ def test_the_linears_of_torchs_attention_are_matched() -> None:
     assert relative(stage.run(), model(x)) <= 1e-6
     found = {site.name: site.refusal for site in stage.plan.sites}
     assert found == {"inner.in_proj_weight": "", "inner.out_proj": ""}
+
+
+def test_torchs_attention_is_calibrated_and_runs_without_compiling() -> None:
+    model, x = SelfAttention().eval().requires_grad_(False), torch.randn(16, 8, 64)
+    wanted = model(x)
+    gptq_fx.quantize(model, gptq_fx.GPTQConfig(bits=8, group_size=32), [{"x": x}], progress=False)
+    for weight in (model.inner.in_proj_weight, model.inner.out_proj.weight):
+        assert isinstance(weight, gptq_fx.QuantizedParameter)
+    assert 0 < relative(model(x), wanted) <= 0.02
+    compiled = torch.compile(model, backend="gptq", options={"inner_backend": "eager"})
+    assert relative(compiled(x), model(x)) <= 1e-5
 
 
 def test_queries_apart_from_keys_leave_the_shared_projection_dense() -> None:
