@@ -56,7 +56,8 @@ def test_every_matrix_is_quantized_or_says_why(row: Row, table: dict[Row, Census
         assert not wrong
 
 
-@pytest.mark.parametrize("name", FAST)
+# Without data only modules are quantized, and Bare has none.
+@pytest.mark.parametrize("name", [name for name in FAST if name != "Bare"])
 def test_a_quantized_model_compiles_to_the_same(name: str) -> None:
     model, inputs = BY_NAME[name].build()
     dense = run(model, inputs)
@@ -69,7 +70,5 @@ def test_a_quantized_model_compiles_to_the_same(name: str) -> None:
 
 def test_the_table_of_the_docs_has_every_row() -> None:
     lines = DOCS.read_text(encoding="utf-8").splitlines()
-    assert HEAD in lines
-    assert [line.split(" | ")[0] for line in lines if line[:1].isalpha() and " | " in line][1:] == [
-        row.model for row in ZOO
-    ]
+    cells = [line.split(" | ")[0] for line in lines if line.count(" | ") == HEAD.count(" | ")]
+    assert [c for c in cells if c not in ("architecture", "---")] == [row.model for row in ZOO]
