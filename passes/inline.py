@@ -40,7 +40,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
                 )
             if any(user.target is not operator.getitem for user in parts):
                 raise _Unknown
-            found = [recorder.argument(outputs[user.args[1]]) for user in parts]  # type: ignore[index]
+            found = [recorder.argument(outputs[user.args[1]]) for user in parts]
             if not all(isinstance(new, fx.Node) for new in found):
                 raise _Unknown
         except _Unknown:
