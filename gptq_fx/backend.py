@@ -68,6 +68,8 @@ def make_plan(
     root = root if is_dynamo(graph) else None
     restore_marks(root)
     gradients = any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    embeddings = (m for m in root.modules() if isinstance(m, nn.Embedding)) if root else ()
+    tables = frozenset(id(m.weight) for m in embeddings)
     return Plan(
         config,
         kernel,
@@ -75,6 +77,7 @@ def make_plan(
         parameter_names(graph, values, root),
         explicit,
         gradients and torch.is_grad_enabled(),
+        tables,
     )
 
 

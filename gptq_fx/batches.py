@@ -183,7 +183,13 @@ def _record(model: nn.Module, batch: Batch, i: int, staged: Staged) -> Run:
             f"{_first_lines(error)}\nLegal: a model without the break; or GPTQConfig(sequential=False), "
             "which observes all of its graphs in one pass"
         ) from error
-    raise CalibrationError(f"batch {i}: Dynamo found no tensor code in the model's forward")
+    except RuntimeError as error:  # Dynamo's, of a function that it has given up before
+        if "no compiled frames" not in str(error):
+            raise
+    raise CalibrationError(
+        f"batch {i}: Dynamo made no graph of the forward: it has no tensor code, or is not one graph. "
+        "Legal: GPTQConfig(sequential=False), which observes whatever graphs there are"
+    )
 
 
 def _first_lines(error: Exception) -> str:

@@ -183,6 +183,10 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
+        if spelled and isinstance(spelled.x, cls) and _on_the_left(spelled):
+            return spelled.x.linear(spelled.weight.mT, None, False).mT
+        if func is spelling.ATTENTION:
+            return spelling.attention(*args, **kwargs)
         y = run_stack(cls, func, args, kwargs)
         if y is not None:
             return y
@@ -238,6 +242,13 @@ def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _flat(args: Any) -> Any:
     for a in args:
         yield from _flat(a) if isinstance(a, (list, tuple)) else (a,)
+
+
+def _on_the_left(spelled: spelling.Spelled) -> bool:
+    """Whether it is W @ x, with the weight where x is wanted; x has rows."""
+    W, x = spelled.x, spelled.weight
+    product = spelled.transposed and spelled.bias is None
+    return product and W.ndim == 2 and x.ndim > 1 and not isinstance(x, QuantizedParameter)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -153,7 +153,7 @@ def _modules(model: nn.Module, config: GPTQConfig, reached: dict[int, Linear]) -
         if not isinstance(weight, Tensor) or weight.is_meta:
             continue
         linear = reached.get(id(weight))
-        known = linear is not None and not linear.refused
+        known = linear is not None and not (linear.refused and isinstance(weight, QuantizedParameter))
         kind = linear.kind if known and linear else _kind(model, name, id(weight) in tables)
         twin = first.get((id(weight), kind))
         calibrated = linear.quantized if linear else None

@@ -157,6 +157,7 @@ class Plan:
     names: placeholder -> the paths of its parameter.
     explicit: the user gave options (they then apply to weights that `quantize` left dense).
     gradients: some input of the graph asks for a gradient.
+    tables: ids of the weights of embeddings, which may stand in other graphs.
     skip: names of passes that do not run. dump: a folder to write the stages of the graph to, or None.
     """
 
@@ -166,6 +167,7 @@ class Plan:
     names: Callable[[fx.Node], tuple[str, ...]]
     explicit: bool = False
     gradients: bool = False
+    tables: frozenset[int] = frozenset()
     skip: frozenset[str] = frozenset()
     dump: str | None = None
     sites: list[Site] = field(default_factory=list)
