@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import gptq_fx
 from gptq_fx import CalibrationError, ConfigError, GPTQConfig, QuantizedParameter, Report, WeightError
 from gptq_fx import calibration as calibration_module
-from gptq_fx.gptq import Hessian, Settings, gptq
+from gptq_fx.gptq import Settings, gptq
+from gptq_fx.hessian import Hessian
 from gptq_fx.report import SiteRecord
 from gptq_fx.scheme import Scheme
 

@@ -123,7 +123,7 @@ def speaks_ptx(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
@@ -141,7 +141,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     M = x.shape[0]
     if M == 0:
         return x.new_empty(0, weight.N)
-    with _on(x):
+    with on_device(x):
         if M <= GEMV_ROWS:
             return gemv(x, weight, bias)
         if M <= MATMUL_ROWS:
@@ -316,7 +316,7 @@ def grouped(x: Tensor, weight: Packed, ends: Tensor) -> Tensor:
     S = x.shape[0]
     out = x.new_empty(S, weight.N)
     if S > 0:
-        with _on(x):
+        with on_device(x):
             # the rows behind the last end are one expert more
             tile, tiles = expert_tiles(x, weight, S, weight.experts + 1)
             _matmul(x, weight, None, ends, None, None, out, "", rows=S, tiles=tiles, tile=tile)
@@ -335,7 +335,7 @@ def indexed(x: Tensor, weight: Packed, ids: Tensor) -> Tensor:
     out = x.new_empty(S, weight.N)
     if S == 0:
         return out
-    with _on(x):
+    with on_device(x):
         ids = ids.contiguous()
         if few(S, weight.experts):
             _gemv(x, weight, None, ids, None, out, "", rows=S, topk=1, share=1)
@@ -379,7 +379,7 @@ def block(
     (first, first_bias), (second, second_bias) = gate_up, down
     E, hidden = first.experts, first.N // 2
     h = x.new_empty(slots, hidden)
-    with _on(x):
+    with on_device(x):
         ids, weights = ids.contiguous(), weights.contiguous()
         if few(slots, E):
             _gemv(x, first, first_bias, ids, None, h, activation, rows=slots, topk=1, share=k)
