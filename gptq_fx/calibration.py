@@ -14,8 +14,9 @@ from gptq_fx.batches import Batch, check_batches, for_calibration, record, valid
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide
 from gptq_fx.errors import CalibrationError
-from gptq_fx.gptq import Hessian, Settings
+from gptq_fx.gptq import Settings
 from gptq_fx.grid import check_finite
+from gptq_fx.hessian import Hessian, check
 from gptq_fx.linear import Linear
 from gptq_fx.names import names_by_id
 from gptq_fx.observe import observe
@@ -154,16 +155,18 @@ class _Job:
             self.hessians[key] = [Hessian(first.dense.shape[-1], device) for _ in rows]
         if first.dense.ndim == 3:
             originals = None  # the dense model routes other tokens to the expert
-        try:
+        with phase("Hessian"):
             for i, (hessian, x) in enumerate(zip(self.hessians[key], rows, strict=True)):
                 if len(x):
-                    hessian.add(x, None if originals is None else originals[i])
-        except CalibrationError as error:
-            raise CalibrationError(f"{first.name}: {error}, in batch {index}") from None
+                    hessian.add(x, None if originals is None else originals[i], index)
 
     def solve(self, key: Key, hessians: list[Hessian]) -> list[Linear]:
         """Quantize the weights of a stage; those of one scheme together."""
         linears = [self.linears[i] for i in key]
+        try:
+            check(hessians)
+        except CalibrationError as error:
+            raise CalibrationError(f"{linears[0].name}: {error}") from None
         groups: dict[object, list[Linear]] = {}
         for linear in linears:
             groups.setdefault((linear.scheme, linear.parameter.dtype), []).append(linear)

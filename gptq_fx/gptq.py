@@ -118,7 +118,7 @@ def gptq_stack(
         solver = solver_for(W.device)
         run = columns.columns if solver is None else solver.columns
         found = run(W.clone(), U, importance, search, group_size, static)
-        error = found.loss - _added_loss(W, found, added, static)
+        error = (found.loss - _added_loss(W, found, added, static)).clamp_min_(0)  # by rounding
         codes, scales, zeros, g_idx = _in_place(
             found, perm, group_size, static is not None, scheme.desc_act
         )

@@ -7,11 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from gptq_fx.gptq import Hessian, Settings, gptq
+from gptq_fx.gptq import Result, Settings, gptq, gptq_stack
 from gptq_fx.grid import relative_error, round_to_nearest
+from gptq_fx.hessian import Hessian
 from gptq_fx.linear import Linear, Measured, Quantized
+from gptq_fx.phases import phase
+from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
+
+# fp32 numbers of one matrix [E, K, K] or [E, N, K]: so many experts are solved together.
+TOGETHER = 2**27
 
 
 def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings) -> None:
@@ -19,20 +26,22 @@ def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings) -> No
     start = time.perf_counter()
     device, scheme = hessian.matrix.device, linears[0].scheme
     assert scheme is not None
-    dense = [linear.dense.to(device) for linear in linears]
+    with phase("transfer"):
+        dense = [linear.dense.to(device) for linear in linears]
     solved = gptq(torch.cat(dense), hessian, scheme, settings, dense[0].dtype)
     seconds = (time.perf_counter() - start) / len(linears)
     first = 0
-    for linear, W in zip(linears, dense, strict=True):
-        part = slice(first, first := first + W.shape[0])
-        zeros = None if solved.zeros is None else solved.zeros[:, part]
-        weight = QuantizedWeight.from_codes(
-            solved.codes[:, part], solved.scales[:, part], zeros, scheme.bits, solved.g_idx
-        )
-        loss = float(solved.error[part].sum() / solved.energy[part].sum().clamp_min(1e-30))
-        measured = Measured(loss, hessian.tokens, solved.damp, seconds)
-        error = relative_error(W, weight)
-        linear.quantized = Quantized(weight.to(linear.parameter.device), error, measured)
+    with phase("pack"):
+        for linear, W in zip(linears, dense, strict=True):
+            part = slice(first, first := first + W.shape[0])
+            zeros = None if solved.zeros is None else solved.zeros[:, part]
+            weight = QuantizedWeight.from_codes(
+                solved.codes[:, part], solved.scales[:, part], zeros, scheme.bits, solved.g_idx
+            )
+            loss = float(solved.error[part].sum() / solved.energy[part].sum().clamp_min(1e-30))
+            measured = Measured(loss, hessian.tokens, solved.damp, seconds)
+            error = relative_error(W, weight)
+            linear.quantized = Quantized(weight.to(linear.parameter.device), error, measured)
 
 
 def solve_experts(
@@ -44,35 +53,64 @@ def solve_experts(
     share: each on the tokens of all. Every token comes as often as experts take it, so that the sum of
     their Hessians is that of all tokens, but for a factor.
     """
-    if share:
-        hessians = [Hessian.sum(hessians)] * len(hessians)
     start = time.perf_counter()
     scheme, device = linear.scheme, hessians[0].matrix.device
     assert scheme is not None
-    starved, parts, error, energy, damp = [], [], 0.0, 0.0, 0.0
-    for e, (W, hessian) in enumerate(zip(linear.dense, hessians, strict=True)):
-        if hessian.tokens < least:
-            starved.append(e)
-            parts.append(round_to_nearest(W, replace(scheme, desc_act=False), linear.name))
-            continue
-        solved = gptq(W.to(device), hessian, scheme, settings, W.dtype)
-        codes, scales, zeros = solved.codes, solved.scales, solved.zeros
-        part = QuantizedWeight.from_codes(codes, scales, zeros, scheme.bits, solved.g_idx)
-        parts.append(part.to(W.device))
-        error += float(solved.error.sum()) * hessian.tokens
-        energy += float(solved.energy.sum()) * hessian.tokens
+    E, N, K = linear.dense.shape
+    tokens = [hessian.tokens for hessian in hessians]
+    if share:
+        hessians = [Hessian.sum(hessians)] * E
+    seen = [e for e in range(E) if hessians[e].tokens >= least]
+    starved = [e for e in range(E) if hessians[e].tokens < least]
+    parts: dict[int, QuantizedWeight] = {
+        e: round_to_nearest(linear.dense[e], replace(scheme, desc_act=False), linear.name) for e in starved
+    }
+    error, energy, damp = 0.0, 0.0, 0.0
+    together = max(1, TOGETHER // (K * max(N, K)))
+    for first in range(0, len(seen), together):
+        some = seen[first : first + together]
+        with phase("transfer"):
+            W = torch.stack([linear.dense[e].to(device) for e in some])
+        solved = _solve_stack(W, [hessians[e] for e in some], scheme, settings, share)
+        with phase("pack"):
+            weight = QuantizedWeight.from_codes(
+                solved.codes, solved.scales, solved.zeros, scheme.bits, solved.g_idx
+            ).to(linear.parameter.device)
+            parts |= {e: weight.expert(i) for i, e in enumerate(some)}
+        counts = torch.tensor([float(hessians[e].tokens) for e in some], device=device)
+        error += float(solved.error.sum(1) @ counts)
+        energy += float(solved.energy.sum(1) @ counts)
         damp = max(damp, solved.damp)
-    if scheme.desc_act:
-        parts = [_with_g_idx(part) for part in parts]
-    weight = QuantizedWeight.stack(parts)
+    with phase("pack"):
+        stack = [_with_g_idx(parts[e]) if scheme.desc_act else parts[e] for e in range(E)]
+        weight = QuantizedWeight.stack(stack)
+        relative = relative_error(linear.dense, weight)
     seconds = time.perf_counter() - start
-    tokens = hessians[0].tokens if share else sum(h.tokens for h in hessians)
-    measured = Measured(error / max(energy, 1e-30), tokens, damp, seconds)
+    measured = Measured(error / max(energy, 1e-30), sum(tokens), damp, seconds)
     note = ""
     if starved:
         named = ", ".join(map(str, starved))
-        note = f"{len(starved)} of {len(parts)} experts saw fewer than {least} tokens: rounded: {named}"
-    linear.quantized = Quantized(weight, relative_error(linear.dense, weight), measured, note)
+        note = f"{len(starved)} of {E} experts saw fewer than {least} tokens: rounded: {named}"
+    linear.quantized = Quantized(weight, relative, measured, note)
+
+
+def _solve_stack(
+    W: Tensor, hessians: Sequence[Hessian], scheme: Scheme, settings: Settings, share: bool
+) -> Result:
+    """gptq of W [E, N, K]; where they share their Hessian, as one matrix [E * N, K]."""
+    if not share:
+        return gptq_stack(W, hessians, scheme, settings, W.dtype)
+    found = gptq(W.flatten(0, 1), hessians[0], scheme, settings, W.dtype)
+    apart = (len(W), -1)
+    return Result(
+        found.codes.unflatten(1, apart).movedim(1, 0),
+        found.scales.unflatten(1, apart).movedim(1, 0),
+        None if found.zeros is None else found.zeros.unflatten(1, apart).movedim(1, 0),
+        None if found.g_idx is None else found.g_idx.expand(len(W), -1),
+        found.error.unflatten(0, apart),
+        found.energy.unflatten(0, apart),
+        found.damp,
+    )
 
 
 def _with_g_idx(weight: QuantizedWeight) -> QuantizedWeight:

@@ -105,7 +105,7 @@ def search(
         tl.store(zeros + where, zero, mask=row < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group"])
 def columns(
     W,
     U,
@@ -141,7 +141,7 @@ def columns(
     # Columns that are done hold their Err from then on.
     w = tl.load(W + tile, mask=inside, other=0.0)
     q = tl.zeros((ROWS, WIDTH), tl.float32)
-    square = U + e * K * K + start.to(tl.int64) * K + start
+    line = U + (e * K + start) * K + start
     s = tl.load(scales + (e * G + group) * N + row, mask=there, other=1.0)
     z = tl.full((ROWS,), 2.0 ** (BITS - 1), tl.float32)
     if zeros is not None:
@@ -152,8 +152,9 @@ def columns(
             s = tl.load(scales + (e * G + own) * N + row, mask=there, other=1.0)
             if zeros is not None:
                 z = tl.load(zeros + (e * G + own) * N + row, mask=there, other=0.0)
-        u = tl.load(square + i.to(tl.int64) * K + k, mask=(k > i) & (k < width), other=0.0)
-        d = tl.load(square + i.to(tl.int64) * K + i)
+        u = tl.load(line + k, mask=(k > i) & (k < width), other=0.0)
+        d = tl.load(line + i)
+        line += K
         now = (k == i)[None, :]
         column = tl.sum(tl.where(now, w, 0.0), 1)
         code = tl.minimum(tl.maximum(_round(tl.math.div_rn(column, s)) + z, 0.0), TOP)

@@ -1,0 +1,67 @@
+"""GPTQ's column loop as Triton kernels, against the loop in plain torch."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptq_fx import columns
+from gptq_fx.gptq import inverse_factor
+from gptq_fx.grid import Search, Static
+from gptq_fx.kernels import triton_gptq
+
+ROOT = Path(__file__).parents[2]
+needs_triton = pytest.mark.skipif(
+    __import__("importlib.util").util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+def problem(device, K, E=2, N=21):
+    """W [E, N, K], and U and diag(H) of inputs with correlated features."""
+    generator = torch.Generator().manual_seed(K)
+    mix = torch.randn(E, K, K, generator=generator) / K**0.5 + 0.5 * torch.eye(K)
+    x = torch.randn(E, 4 * K, K, generator=generator) @ mix
+    H = (x.mT @ x / (4 * K)).to(device)
+    W = torch.randn(E, N, K, generator=generator).to(device)
+    return W, inverse_factor(H, 0.05)[0], H.diagonal(dim1=1, dim2=2)
+
+
+def check_columns(device, bits, sym, K, group_size, dtype, norm, static=False, N=21, agree=0.99):
+    """The share of codes that are the same: a tie may fall either way, and the rest of its row follows."""
+    W, U, importance = problem(device, K, N=N)
+    search, given = Search(bits, sym, dtype, norm), None
+    if static:
+        order = torch.stack([torch.randperm(K) for _ in W]).to(device)
+        groups, weights = (t.unflatten(1, (-1, group_size)) for t in (W.mT, importance))
+        given = Static(*search(groups, weights), order // group_size)
+    wanted, found = (
+        run(W.clone(), U, importance, search, group_size, given)
+        for run in (columns.columns, triton_gptq.columns)
+    )
+    assert found.codes.shape == wanted.codes.shape
+    same = (found.codes == wanted.codes).float().mean()
+    assert same > agree
+    assert torch.isclose(found.scales, wanted.scales, rtol=1e-5).float().mean() > agree
+    if not sym:
+        assert (found.zeros == wanted.zeros).float().mean() > agree
+    rows = (found.codes == wanted.codes).all(1)
+    assert rows.float().mean() > 0.8
+    torch.testing.assert_close(found.loss[rows], wanted.loss[rows], rtol=1e-4, atol=0)
+    return same
+
+
+@needs_triton
+def test_the_interpreter_agrees_with_the_loop():
+    """interpreted_triton_gptq.py, in a process where Triton interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("interpreted_triton_gptq.py"))],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout)
