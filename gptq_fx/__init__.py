@@ -10,6 +10,7 @@ from gptq_fx.errors import (
     DenseUseError,
     GPTQError,
     KernelError,
+    OutOfMemoryError,
     SchemeMismatchError,
     WeightError,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "GPTQError",
     "HFConfig",
     "KernelError",
+    "OutOfMemoryError",
     "QuantizedParameter",
     "QuantizedWeight",
     "Report",

@@ -13,7 +13,7 @@ from gptq_fx.backend import make_plan
 from gptq_fx.batches import Batch, check_batches, for_calibration, record, valid_rows
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide
-from gptq_fx.errors import CalibrationError
+from gptq_fx.errors import CalibrationError, OutOfMemoryError
 from gptq_fx.gptq import Settings
 from gptq_fx.grid import check_finite
 from gptq_fx.hessian import Hessian, check
@@ -27,6 +27,7 @@ from gptq_fx.passes.capture import capture
 from gptq_fx.passes.experts import expert_rows
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
+from gptq_fx.phases import Phases, measuring, phase
 from gptq_fx.progress import bar
 from gptq_fx.resume import Store
 from gptq_fx.solve import solve, solve_experts
@@ -48,25 +49,29 @@ def calibrate(
     device: torch.device | str | None = None,
     progress: bool = True,
     resume_dir: str | None = None,
-) -> dict[int, Linear]:
-    """Quantize the linears that the batches reach. All weights of all graphs, by id of the parameter.
+) -> tuple[dict[int, Linear], Phases]:
+    """Quantize the linears that the batches reach. All weights of all graphs, by id of the parameter; and
+    where the time went.
 
     The model is not changed. Beside it this holds what is quantized so far, the Hessian and the dense
     weights of one stage (all Hessians, if config.sequential is off), and the live activations of every
     batch.
     device: where Hessians are kept and weights are solved; None: where the weights are.
     resume_dir: where finished stages are kept, and taken from.
-    Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight.
+    Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight,
+    OutOfMemoryError, naming the stage.
     """
     job = _Job(model, check_batches(model, batches), config, device, progress)
     if resume_dir is not None and not config.sequential:
         raise CalibrationError("resume_dir: without sequential there are no stages to resume from")
-    with for_calibration(model):
+    phases = Phases(torch.device(device) if device is not None else next(model.parameters()).device)
+    with for_calibration(model), measuring(phases):
         if config.sequential:
-            _in_sequence(job, Store(resume_dir, model, config, job.batches))
+            _in_sequence(job, Store(resume_dir, model, config, job.batches), phases)
         else:
             _at_once(job)
-    return job.linears
+    phases.settle()
+    return job.linears, phases
 
 
 @dataclass
@@ -184,7 +189,7 @@ class _Job:
 # --- stage by stage
 
 
-def _in_sequence(job: _Job, store: Store) -> None:
+def _in_sequence(job: _Job, store: Store, phases: Phases) -> None:
     """Each stage is quantized on what the stages before it, quantized already, make of the batches."""
     runs = record(job.model, job.batches, job.staged)
     # With gptaq each batch also runs through the dense model.
@@ -195,25 +200,40 @@ def _in_sequence(job: _Job, store: Store) -> None:
     with bar(len(order) * len(runs), "calibrating", show=job.progress) as shown:
         for number, key in enumerate(order):
             linears = [job.linears[i] for i in key]
-            stored = store.load(number, linears)
-            for run, original in zip(runs, originals, strict=True):
-                if key in stages[run.graph]:
-                    _advance(job, run, original, stages[run.graph][key], dense)
-                shown.update()
-            dense.clear()
-            if not stored:
-                job.solve(key, job.hessians.pop(key))
-                store.save(number, linears)
+            try:
+                stored = store.load(number, linears)
+                for run, original in zip(runs, originals, strict=True):
+                    if key in stages[run.graph]:
+                        _advance(job, run, original, stages[run.graph][key], dense)
+                    shown.update()
+                dense.clear()
+                if not stored:
+                    job.solve(key, job.hessians.pop(key))
+                    store.save(number, linears)
+            except torch.OutOfMemoryError as error:
+                place = f"stage {number + 1} of {len(order)} ({linears[0].name})"
+                raise OutOfMemoryError(_what_to_set(place, store)) from error
+            phases.settle()
             shown.set_postfix_str(_losses(linears))
+
+
+def _what_to_set(place: str, store: Store) -> str:
+    kept = "those before it are kept in resume_dir" if store.folder else "resume_dir keeps finished stages"
+    return (
+        f"out of memory in {place}; the model is as it was, and {kept}. What helps: batches of fewer "
+        "tokens; fewer of them at a time in one batch; gptaq=0, which needs half the activations"
+    )
 
 
 def _advance(job: _Job, run: Run, original: Run | None, until: Stage, dense: WeightOf) -> None:
     """Bring a batch to the end of a stage, and add to Hessians what linears took on the way."""
     seen: list[tuple[Key, Rows]] = []
-    run.graph.advance(run, until, job.tap(lambda key, x: seen.append((key, x))), dense)
     before: list[Rows] = []
-    if original is not None:
-        run.graph.advance(original, until, job.tap(lambda key, x: before.append(x)), lambda weight: weight)
+    with phase("forward"):
+        run.graph.advance(run, until, job.tap(lambda key, x: seen.append((key, x))), dense)
+        if original is not None:
+            tap = job.tap(lambda key, x: before.append(x))
+            run.graph.advance(original, until, tap, lambda weight: weight)
     for i, (key, x) in enumerate(seen):
         job.add(key, run.index, x, before[i] if original is not None else None)
 

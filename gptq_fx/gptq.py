@@ -80,9 +80,7 @@ def gptq(W: Tensor, hessian: Hessian, scheme: Scheme, settings: Settings, dtype:
     """
     found = gptq_stack(W[None], [hessian], scheme, settings, dtype)
     zeros, g_idx = (None if t is None else t[0] for t in (found.zeros, found.g_idx))
-    return Result(
-        found.codes[0], found.scales[0], zeros, g_idx, found.error[0], found.energy[0], found.damp
-    )
+    return Result(found.codes[0], found.scales[0], zeros, g_idx, found.error[0], found.energy[0], found.damp)
 
 
 @torch.no_grad()
@@ -119,9 +117,7 @@ def gptq_stack(
         run = columns.columns if solver is None else solver.columns
         found = run(W.clone(), U, importance, search, group_size, static)
         error = (found.loss - _added_loss(W, found, added, static)).clamp_min_(0)  # by rounding
-        codes, scales, zeros, g_idx = _in_place(
-            found, perm, group_size, static is not None, scheme.desc_act
-        )
+        codes, scales, zeros, g_idx = _in_place(found, perm, group_size, static is not None, scheme.desc_act)
         return Result(codes, scales.to(dtype), zeros, g_idx, error, energy, max(damp))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -70,8 +71,8 @@ def check(hessians: Sequence[Hessian]) -> None:
     if not traces:
         return
     found = torch.stack(traces).tolist()
-    bad = [(batch, trace) for batch, trace in zip(batches, found, strict=True) if not abs(trace) < float("inf")]
+    bad = [(batch, x) for batch, x in zip(batches, found, strict=True) if not math.isfinite(x)]
     if bad:
         first = min(batch for batch, _ in bad)
-        nan = any(trace != trace for batch, trace in bad if batch == first)
+        nan = any(math.isnan(x) for batch, x in bad if batch == first)
         raise CalibrationError(f"{'NaN' if nan else 'Inf'} among the activations, in batch {first}")

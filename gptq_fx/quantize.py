@@ -82,13 +82,18 @@ def quantize(
     if resume_dir is not None and (calibration is None or not config.sequential):
         raise ConfigError(f"resume_dir={resume_dir!r}: only calibration with sequential=True has stages")
     reached: dict[int, Linear] = {}
+    phases = None
     if calibration is not None:
-        reached = calibrate(
+        reached, phases = calibrate(
             model, calibration, config, device=device, progress=progress, resume_dir=resume_dir
         )
     weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
-    for weight in with_progress(chosen, "checking weights", show=progress):
+    if phases is not None:
+        report.seconds = dict(phases.seconds)
+        report.notes.append(f"calibration: {phases}")
+    rounded = [w for w in chosen if w.calibrated is None]  # the others were checked before
+    for weight in with_progress(rounded, "checking weights", show=progress):
         check_finite(weight.parameter, weight.name)
     made: dict[tuple[int, bool], QuantizedParameter] = {}
     for weight in with_progress(chosen, "quantizing", show=progress):

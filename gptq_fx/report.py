@@ -49,13 +49,14 @@ class SiteRecord:
 class Report:
     """sites: one record for each weight. unused_rules: rules of the user's that matched no site.
 
-    notes: what does not belong to one site. str() is a table; sites that differ only in their layer
-    number share a row.
+    notes: what does not belong to one site. seconds: what calibration spent on each phase.
+    str() is a table; sites that differ only in their layer number share a row.
     """
 
     sites: list[SiteRecord] = field(default_factory=list)
     unused_rules: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def add(
         self, name: str, kind: str, weight: Tensor, decision: Decision, measured: Measured | None = None

@@ -1,4 +1,4 @@
-"""What GPTQ does by kernels of its own on devices that have them; elsewhere it does the same in plain torch."""
+"""What GPTQ does by kernels of its own on devices that have them; elsewhere plain torch does the same."""
 
 from __future__ import annotations
 

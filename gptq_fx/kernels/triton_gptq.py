@@ -1,4 +1,4 @@
-"""GPTQ on an NVIDIA GPU: products of 16-bit inputs in fp32, and the columns of a block in one Triton kernel."""
+"""GPTQ on an NVIDIA GPU: 16-bit inputs multiplied into fp32, and the columns of a block in one kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def columns(
     W: Tensor, U: Tensor, importance: Tensor, search: Search, group_size: int, static: Static | None
 ) -> Columns:
-    """See gptq_fx/columns.py. A block lies in one group, so that the search for its scale is a kernel apart."""
+    """See gptq_fx/columns.py. A block lies in one group: the search for its scale is a kernel apart."""
     from gptq_fx.kernels import triton_gptq_code as code
     from gptq_fx.kernels.triton_launch import on_device
 
