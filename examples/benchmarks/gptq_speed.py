@@ -107,7 +107,7 @@ def floor(config: PretrainedConfig, args: argparse.Namespace) -> float:
     model without experts."""
     model = build(config, args.device, args.dtype)
     data = tokens(model, args)
-    forward = len(data) * timed(lambda: model.base_model(**data[0], use_cache=False))
+    forward = len(data) * timed(functools.partial(model.base_model, **data[0], use_cache=False))
     seconds = {"forward": forward, "Hessian": 0.0, "factorize": 0.0}
     del model
     for K, inputs in ((config.hidden_size, 3), (config.intermediate_size, 1)):
@@ -137,12 +137,7 @@ def parts(args: argparse.Namespace) -> Iterator[list[str]]:
         L = torch.linalg.cholesky(H)
         solver = solver_for(W.device)
         columns = torch_columns if solver is None else solver.columns
-
-        def rounded(
-            norm: float | None, W: Tensor = W, U: Tensor = U, importance: Tensor = importance
-        ) -> None:
-            columns(W.clone(), U, importance, Search(4, True, args.dtype, norm), 128, None)
-
+        searches = {norm: Search(4, True, args.dtype, norm) for norm in (None, 2.0)}
         eye = torch.eye(K, device=args.device).expand(E, K, K)
         weight = QuantizedWeight.from_codes(
             torch.randint(16, (E, K, N), device=args.device, dtype=torch.uint8),
@@ -160,8 +155,10 @@ def parts(args: argparse.Namespace) -> Iterator[list[str]]:
             ],
             "inverse_factor": functools.partial(inverse_factor, H, 0.05),
             "W H": functools.partial(torch.matmul, W, H),
-            "columns": functools.partial(rounded, None),
-            "columns, scales searched": functools.partial(rounded, 2.0),
+            "columns": functools.partial(columns, W.clone(), U, importance, searches[None], 128, None),
+            "columns, scales searched": functools.partial(
+                columns, W.clone(), U, importance, searches[2.0], 128, None
+            ),
             "pack": lambda w=weight: QuantizedWeight.from_codes(w.codes(), w.scales, None, 4),
             "dequantize": weight.dequantize,
         }

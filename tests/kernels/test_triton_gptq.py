@@ -65,3 +65,33 @@ def test_the_interpreter_agrees_with_the_loop():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["search", "columns"])
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+def test_they_compile_and_spill_nothing(name, capability, sym, tmp_path):
+    from test_triton import nvidia, resources
+    from triton import compile
+    from triton.compiler import ASTSource
+
+    from gptq_fx.kernels import triton_gptq_code
+
+    kernel = getattr(triton_gptq_code, name)
+    constants = {"BITS": 4, "ROWS": triton_gptq.ROWS}
+    if name == "search":
+        constants |= {"DTYPE": "bf16", "SQUARE": True, "PARTS": 16, "CHUNK": triton_gptq.CHUNK}
+    else:
+        constants |= {"WIDTH": 128, "group_of": None}
+    constants |= {"zeros": None} if sym else {}
+    types = dict.fromkeys(kernel.arg_names, "i32") | {"norm": "fp32", "codes": "*u8", "group_of": "*i64"}
+    types |= dict.fromkeys(("W", "U", "importance", "parts", "scales", "zeros", "Err", "loss"), "*fp32")
+    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
+    places = {n: (kernel.arg_names.index(n),) for n in kernel.arg_names}
+    attrs = {places[n]: [["tt.divisibility", 16]] for n in signature if n not in (*constants, "G", "norm")}
+    source = ASTSource(kernel, signature, {places[n]: v for n, v in constants.items()}, attrs)
+    binary = compile(source, target=nvidia(capability), options={"num_warps": 4})
+    registers, stack, _ = resources(binary, tmp_path)
+    assert stack == 0
+    assert registers <= 128
