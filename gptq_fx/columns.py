@@ -66,11 +66,11 @@ def _columns(
             w, group, row = block[i - start], row_of[i], i - start
             if static is None and i % group_size == 0:
                 ahead = slice(i, i + group_size)
-                scales[group], z = search(W[ahead], importance[ahead])
-                if zeros is not None and z is not None:
-                    zeros[group] = z
+                scales[group], own = search(W[ahead], importance[ahead])
+                if zeros is not None and own is not None:
+                    zeros[group] = own
             s = scales[group]
-            z = middle if zeros is None else zeros[group]  # type: ignore[assignment]
+            z = middle if zeros is None else zeros[group]
             q = (w / s).round_().add_(z).clamp_(0, top)
             codes[i] = q
             error = torch.sub(w, q.sub_(z).mul_(s), out=Err[row]).div_(diagonal[i])

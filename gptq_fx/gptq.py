@@ -141,7 +141,7 @@ def _order(importance: Tensor, group_size: int, desc_act: bool, settings: Settin
     groups = importance.unflatten(-1, (-1, group_size))
     first = groups.amax(-1).argsort(dim=-1, descending=True, stable=True)
     inner = groups.argsort(dim=-1, descending=True, stable=True)
-    order = first[..., None] * group_size + inner.take_along_dim(first[..., None], 1)
+    order: Tensor = first[..., None] * group_size + inner.take_along_dim(first[..., None], 1)
     return order.flatten(-2)
 
 
@@ -217,7 +217,8 @@ def _added_loss(W: Tensor, found: Columns, added: Tensor, static: Static | None)
     Wq -= 2.0 ** (found.bits - 1) if found.zeros is None else of_columns(found.zeros)
     Wq *= of_columns(found.scales)
     Wq -= W
-    return Wq.square_().mul_(added[:, None]).sum(-1)
+    loss: Tensor = Wq.square_().mul_(added[:, None]).sum(-1)
+    return loss
 
 
 def _in_place(
