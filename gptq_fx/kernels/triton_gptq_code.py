@@ -93,7 +93,7 @@ def search(
             if SQUARE:
                 off = off * off
             else:
-                off = tl.where(off > 0.0, tl.exp2(norm * tl.log2(tl.maximum(off, 1e-38))), 0.0)
+                off = tl.exp2(norm * tl.log2(tl.maximum(off, 1e-38))).to(tl.float32) * (off > 0.0)
             error += tl.sum(off * matters[None, :], 1)
         better = error < least
         least = tl.where(better, error, least)
