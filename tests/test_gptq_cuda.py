@@ -87,7 +87,10 @@ def test_a_model_as_on_the_cpu(name):
     found, losses = [], []
     for device in ("cpu", "cuda"):
         model = tiny.build().to(device)
-        moved = [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in data]
+        moved = [
+            {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            for batch in data
+        ]
         report = gptq_fx.quantize(model, GPTQConfig(group_size=32), moved, progress=False)
         found.append(codes(model))
         losses.append(sum(site.loss for site in report.sites if site.loss is not None))
