@@ -136,7 +136,7 @@ def valid_rows(run: Run, x: fx.Node, batch: Batch) -> Tensor:
         return rows
     if value.shape[:-1] not in (mask.shape, (mask.numel(),)):
         return rows
-    return rows[mask.reshape(-1) != 0]
+    return rows[mask.reshape(-1).to(rows.device) != 0]
 
 
 def _decoder(run: Run, batch: Batch) -> frozenset[fx.Node]:

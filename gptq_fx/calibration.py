@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +28,12 @@ from gptq_fx.passes.capture import capture
 from gptq_fx.passes.experts import expert_rows
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
+from gptq_fx.passes.retarget import retarget
 from gptq_fx.phases import Phases, measuring, phase
 from gptq_fx.progress import bar
 from gptq_fx.resume import Store
-from gptq_fx.solve import solve, solve_experts
+from gptq_fx.solve import solve, solve_experts, together
+from gptq_fx.streaming import Mover, Need, need
 
 # The linears of one stage, by the ids of their parameters: graphs of other shapes have the same.
 Key = tuple[int, ...]
@@ -49,6 +52,7 @@ def calibrate(
     device: torch.device | str | None = None,
     progress: bool = True,
     resume_dir: str | None = None,
+    max_memory: int | None = None,
 ) -> tuple[dict[int, Linear], Phases]:
     """Quantize the linears that the batches reach. All weights of all graphs, by id of the parameter; and
     where the time went.
@@ -58,10 +62,13 @@ def calibrate(
     batch.
     device: where Hessians are kept and weights are solved; None: where the weights are.
     resume_dir: where finished stages are kept, and taken from.
+    max_memory: bytes of `device`, on which all is then computed: weights are copied there stage by stage, and
+        activations are in host memory between stages.
     Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight,
     OutOfMemoryError, naming the stage.
     """
-    job = _Job(model, check_batches(model, batches), config, device, progress)
+    mover = None if max_memory is None or device is None else Mover(torch.device(device), max_memory)
+    job = _Job(model, check_batches(model, batches), config, device, progress, mover)
     if resume_dir is not None and not config.sequential:
         raise CalibrationError("resume_dir: without sequential there are no stages to resume from")
     phases = Phases(torch.device(device) if device is not None else next(model.parameters()).device)
@@ -83,6 +90,7 @@ class _Job:
     config: GPTQConfig
     device: torch.device | str | None
     progress: bool
+    mover: Mover | None = None
     linears: dict[int, Linear] = field(default_factory=dict)
     graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
     hessians: dict[Key, list[Hessian]] = field(default_factory=dict)
@@ -107,7 +115,13 @@ class _Job:
         run_passes(graph, plan, [match])
         found = {site: self.find(site, plan.tensor(site.weight)) for site in plan.sites}
         if self.config.sequential:
-            return StagedGraph(graph, plan, lambda site: found[site].scheme)
+            if self.mover is None:
+                return StagedGraph(graph, plan, lambda site: found[site].scheme)
+            home = next(self.model.parameters()).device
+            retarget(graph, home, self.mover.device)
+            return StagedGraph(
+                graph, plan, lambda site: found[site].scheme, self.mover.here, self.mover.count
+            )
         # This graph may be called with the weights of other layers, for which rules say otherwise.
         return StagedGraph(graph, plan, lambda site: None if site.refusal else "linear")
 
@@ -165,6 +179,13 @@ class _Job:
                 if len(x):
                     hessian.add(x, None if originals is None else originals[i], index)
 
+    def need(self, key: Key) -> Need:
+        """Bytes of a stage on the device."""
+        linears = [self.linears[i] for i in key]
+        shapes = [linear.dense.shape for linear in linears]
+        _, N, K = (1, *shapes[0]) if len(shapes[0]) == 2 else shapes[0]
+        return need(linears[0].name, shapes, together(N, K), bool(self.settings.gptaq))
+
     def solve(self, key: Key, hessians: list[Hessian]) -> list[Linear]:
         """Quantize the weights of a stage; those of one scheme together."""
         linears = [self.linears[i] for i in key]
@@ -196,17 +217,23 @@ def _in_sequence(job: _Job, store: Store, phases: Phases) -> None:
     originals = [run.again() for run in runs] if job.settings.gptaq else [None] * len(runs)
     stages = {run.graph: {_key(run, stage): stage for stage in run.graph.stages} for run in runs}
     order = _order([list(path) for path in stages.values()])
-    dense = _Dequantized(job.linears)
+    dense = _Dequantized(job.linears, None if job.mover is None else job.mover.device)
+    if job.mover is not None:
+        job.mover.check(job.need(key) for key in order)
     with bar(len(order) * len(runs), "calibrating", show=job.progress) as shown:
         for number, key in enumerate(order):
             linears = [job.linears[i] for i in key]
             try:
+                if job.mover is not None:
+                    job.mover.begin(job.need(key))
                 stored = store.load(number, linears)
                 for run, original in zip(runs, originals, strict=True):
                     if key in stages[run.graph]:
                         _advance(job, run, original, stages[run.graph][key], dense)
                     shown.update()
                 dense.clear()
+                if job.mover is not None:
+                    job.mover.drop()
                 if not stored:
                     job.solve(key, job.hessians.pop(key))
                     store.save(number, linears)
@@ -221,7 +248,8 @@ def _what_to_set(place: str, store: Store) -> str:
     kept = "those before it are kept in resume_dir" if store.folder else "resume_dir keeps finished stages"
     return (
         f"out of memory in {place}; the model is as it was, and {kept}. What helps: batches of fewer "
-        "tokens; fewer of them at a time in one batch; gptaq=0, which needs half the activations"
+        "tokens; gptaq=0, which needs half the activations; max_memory and device, for a model on the host, "
+        "of which one stage at a time is copied to the device"
     )
 
 
@@ -229,13 +257,25 @@ def _advance(job: _Job, run: Run, original: Run | None, until: Stage, dense: Wei
     """Bring a batch to the end of a stage, and add to Hessians what linears took on the way."""
     seen: list[tuple[Key, Rows]] = []
     before: list[Rows] = []
-    with phase("forward"):
+    with _moved(job.mover, run, ()), phase("forward"):
         run.graph.advance(run, until, job.tap(lambda key, x: seen.append((key, x))), dense)
-        if original is not None:
+    if original is not None:
+        taken = [x for _, rows in seen for x in rows]
+        with _moved(job.mover, original, taken), phase("forward"):
             tap = job.tap(lambda key, x: before.append(x))
             run.graph.advance(original, until, tap, lambda weight: weight)
     for i, (key, x) in enumerate(seen):
         job.add(key, run.index, x, before[i] if original is not None else None)
+
+
+@contextmanager
+def _moved(mover: Mover | None, run: Run, beside: Sequence[Tensor]) -> Iterator[None]:
+    """With the activations of a batch on the device, if they are not always."""
+    if mover is not None:
+        mover.bring(run, beside)
+    yield
+    if mover is not None:
+        mover.park(run)
 
 
 def _key(run: Run, stage: Stage) -> Key:
@@ -271,8 +311,8 @@ class _Dequantized:
     Kept while the batches pass it.
     """
 
-    def __init__(self, linears: dict[int, Linear]) -> None:
-        self.linears = linears
+    def __init__(self, linears: dict[int, Linear], device: torch.device | None = None) -> None:
+        self.linears, self.device = linears, device
         self.kept: dict[int, Tensor] = {}
 
     def __call__(self, parameter: Tensor) -> Tensor:
@@ -280,7 +320,8 @@ class _Dequantized:
         if linear.quantized is None:
             return parameter
         if id(parameter) not in self.kept:
-            dense = linear.quantized.weight.dequantize()
+            weight = linear.quantized.weight
+            dense = (weight if self.device is None else weight.to(self.device)).dequantize()
             self.kept[id(parameter)] = dense.mT if linear.transposed else dense
         return self.kept[id(parameter)]
 

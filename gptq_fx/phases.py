@@ -19,27 +19,38 @@ class Phases:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
-        self._open: list[tuple[str, torch.Event, torch.Event]] = []
+        self._open: list[tuple[list[str], torch.Event, torch.Event]] = []
+        self._within: list[str] = []
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         self.seconds.setdefault(name, 0.0)
-        if self.device.type == "cpu":
-            start = time.perf_counter()
+        names = [name, *self._within[-1:]]
+        self._within.append(name)
+        try:
+            if self.device.type == "cpu":
+                start = time.perf_counter()
+                yield
+                self._add(names, time.perf_counter() - start)
+                return
+            first, last = (torch.Event(self.device, enable_timing=True) for _ in range(2))
+            first.record()
             yield
-            self.seconds[name] += time.perf_counter() - start
-            return
-        first, last = (torch.Event(self.device, enable_timing=True) for _ in range(2))
-        first.record()
-        yield
-        last.record()
-        self._open.append((name, first, last))
+            last.record()
+            self._open.append((names, first, last))
+        finally:
+            self._within.pop()
+
+    def _add(self, names: list[str], seconds: float) -> None:
+        self.seconds[names[0]] += seconds
+        for outer in names[1:]:  # it counted them too
+            self.seconds[outer] -= seconds
 
     def settle(self) -> None:
         """Wait for what was measured so far, and add it up."""
-        for name, first, last in self._open:
+        for names, first, last in self._open:
             last.synchronize()
-            self.seconds[name] += first.elapsed_time(last) / 1000
+            self._add(names, first.elapsed_time(last) / 1000)
         self._open.clear()
 
     def __str__(self) -> str:
@@ -62,7 +73,7 @@ def measuring(phases: Phases) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """What is done here counts as `name`, where somebody measures. Not nested."""
+    """What is done here counts as `name`, where somebody measures; not as the phase that it is within."""
     phases = _current.get()
     if phases is None:
         yield

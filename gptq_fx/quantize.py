@@ -22,6 +22,7 @@ from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter, as_parameter
 from gptq_fx.progress import progress as with_progress
 from gptq_fx.report import Report
+from gptq_fx.streaming import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def quantize(
         graph is quantized by GPTQ on what reaches it, and one that nothing reaches is rounded to nearest.
         None rounds all to nearest. Without inputs there is no graph to read, so that the linears are the
         modules that are one: nn.Linear and its subclasses, and transformers' Conv1D.
-    device: where to compute; the weights stay on their own.
+    device: where weights are solved; those of the model stay on their own.
+    max_memory: bytes of `device` ("8GB"), for a model on the CPU that does not fit it: everything is computed
+        there, with the weights of one stage and the activations of one batch at a time.
     progress: show a bar for what takes over two seconds.
     resume_dir: a folder for the finished stages of a calibration in sequence. A run that was killed
         goes on behind the last of them when it is started again, and gives the same integers.
@@ -77,15 +80,20 @@ def quantize(
     or Inf; KernelError where nothing can run a site; ConfigError on what is not legal.
     """
     config = config or GPTQConfig()
-    if max_memory is not None:
-        raise ConfigError(f"max_memory={max_memory!r}: not in this version. Legal: None")
+    budget = None if max_memory is None else _budget(model, config, calibration, device, max_memory)
     if resume_dir is not None and (calibration is None or not config.sequential):
         raise ConfigError(f"resume_dir={resume_dir!r}: only calibration with sequential=True has stages")
     reached: dict[int, Linear] = {}
     phases = None
     if calibration is not None:
         reached, phases = calibrate(
-            model, calibration, config, device=device, progress=progress, resume_dir=resume_dir
+            model,
+            calibration,
+            config,
+            device=device,
+            progress=progress,
+            resume_dir=resume_dir,
+            max_memory=budget,
         )
     weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
@@ -113,6 +121,27 @@ def quantize(
     if calibration is None and config.calibration_settings:
         report.notes.append(f"without effect without calibration: {', '.join(config.calibration_settings)}")
     return report
+
+
+def _budget(
+    model: nn.Module,
+    config: GPTQConfig,
+    calibration: object,
+    device: torch.device | str | None,
+    max_memory: object,
+) -> int:
+    budget = parse_bytes(max_memory)
+    given = f"max_memory={max_memory!r}"
+    if device is None:
+        raise ConfigError(f"{given}: found no device. Legal: with device, whose memory it is of")
+    if calibration is None or not config.sequential:
+        raise ConfigError(f"{given}: only calibration with sequential=True has stages")
+    if any(isinstance(p, QuantizedParameter) for p in model.parameters()):
+        raise ConfigError(f"{given}: the model holds quantized weights. Legal: a dense model")
+    found = sorted({str(p.device) for p in model.parameters()} - {"cpu"})
+    if found:
+        raise ConfigError(f"{given}: the model is on {', '.join(found)}. Legal: a model on the CPU")
+    return budget
 
 
 def _modules(model: nn.Module, config: GPTQConfig, reached: dict[int, Linear]) -> list[_Weight]:

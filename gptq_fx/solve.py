@@ -21,6 +21,11 @@ from gptq_fx.weight import QuantizedWeight
 TOGETHER = 2**27
 
 
+def together(N: int, K: int) -> int:
+    """How many experts [N, K] are solved at a time."""
+    return max(1, TOGETHER // (K * max(N, K)))
+
+
 def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings) -> None:
     """Rows of W do not know of each other: weights of one input are quantized as one, and cut apart."""
     start = time.perf_counter()
@@ -66,9 +71,9 @@ def solve_experts(
         e: round_to_nearest(linear.dense[e], replace(scheme, desc_act=False), linear.name) for e in starved
     }
     error, energy, damp = 0.0, 0.0, 0.0
-    together = max(1, TOGETHER // (K * max(N, K)))
-    for first in range(0, len(seen), together):
-        some = seen[first : first + together]
+    at_a_time = together(N, K)
+    for first in range(0, len(seen), at_a_time):
+        some = seen[first : first + at_a_time]
         with phase("transfer"):
             W = torch.stack([linear.dense[e].to(device) for e in some])
         solved = _solve_stack(W, [hessians[e] for e in some], scheme, settings, share)

@@ -67,14 +67,28 @@ class Run:
 Tap = Callable[[Run, Stage, fx.Node], None]
 # What a linear multiplies by in place of its dense parameter: quantized and dequantized, or itself.
 WeightOf = Callable[[Tensor], Tensor]
+# A weight or input of the model -> the same where the graph runs.
+Here = Callable[[Tensor], Tensor]
 # What a linear is to become; None leaves it.
 Wanted = Callable[[Site], object]
 
 
 class StagedGraph:
-    """A graph that can be run as far as any of its stages."""
+    """A graph that can be run as far as any of its stages.
 
-    def __init__(self, gm: fx.GraphModule, plan: Plan, wanted: Wanted) -> None:
+    here: applied to placeholders where they are read. count: told of the values that are held, after each
+    node.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        plan: Plan,
+        wanted: Wanted,
+        here: Here | None = None,
+        count: Callable[[dict[fx.Node, Any]], None] | None = None,
+    ) -> None:
+        self.here, self.count = here, count
         self.placeholders = list(plan.values)  # the values, parameters among them, are not kept
         linears = _agreeing(plan, wanted)
         # Where a linear reads its weight: at its own node, or at a transpose in front of it.
@@ -125,13 +139,17 @@ class StagedGraph:
 
     def _run_node(self, env: dict[fx.Node, Any], node: fx.Node, weight_of: WeightOf) -> None:
         weight = self.weight_read_at.get(node)
-        dense = env.get(weight) if weight is not None else None
+        taken = {n: env[n] for n in node.all_input_nodes}
         if weight is not None:
-            env[weight] = weight_of(env[weight])
-        self.interpreter.env = env
+            taken[weight] = weight_of(taken[weight])
+        if self.here is not None:
+            for n, value in taken.items():
+                if n.op == "placeholder" and isinstance(value, Tensor):
+                    taken[n] = self.here(value)
+        self.interpreter.env = taken
         env[node] = self.interpreter.run_node(node)
-        if weight is not None:
-            env[weight] = dense
+        if self.count is not None:
+            self.count(env)
         for gone in self.dead_after.get(node, ()):
             del env[gone]
 
