@@ -1,6 +1,7 @@
 """Calibrated GPTQ: seconds of each phase, peak memory, share of the floor. Random weights and tokens."""
 
 import argparse
+import copy
 import functools
 import gc
 import time
@@ -9,16 +10,27 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 import gptq_fx
+from accuracy import upcycled
 from gptq_fx.columns import columns as torch_columns
 from gptq_fx.gptq import inverse_factor
 from gptq_fx.grid import Search
 from gptq_fx.kernels.solver import solver_for
 from gptq_fx.weight import QuantizedWeight
 from gpu_decode import CONFIGS
+from gpu_quality import perplexity
+from smollm2 import checkpoint
 from table import conditions, markdown, parser, publish
+from texts import windows
 
 # plain: GPTQ as published; default: scales are searched, and the drift of the inputs is made up for.
 SETTINGS = {"plain": {"gptaq": 0.0, "scale_search": False}, "default": {}}
@@ -40,6 +52,8 @@ class Outcome:
         return [label, f"{self.seconds:.1f}", *parts, f"{rest:.1f}", f"{self.peak / 1e9:.1f}"]
 
 
+QUALITY = ["model", "quantized", "perplexity", "integers that differ", "s"]
+HELD_OUT = 20  # windows
 HEAD = ["", "all, s", *PHASES, "rest", "peak GB"]
 
 
@@ -216,6 +230,51 @@ def scaling(args: argparse.Namespace) -> Iterator[list[str]]:
     args.sequences = sequences
 
 
+# --- what comes out
+
+
+def quality(args: argparse.Namespace) -> Iterator[list[str]]:
+    """Perplexity of a real model, and of a Mixtral made of it, quantized here, there, and streamed; the share
+    of integers that differ from those of the CPU. All perplexities are measured on the device."""
+    folder = checkpoint()
+    size = {} if args.layers is None else {"num_hidden_layers": args.layers}
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **size).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    held_out, calibration = windows(tokenizer, HELD_OUT, args.sequences, args.length)
+    models = {
+        "SmolLM2-135M": llama.to(args.dtype),
+        "its Mixtral, 4 experts": upcycled(llama, 4).to(args.dtype),
+    }
+    for title, dense in models.items():
+        yield [title, "dense", f"{perplexity(copy.deepcopy(dense).to(args.device), held_out):.4f}", "", ""]
+        ours: dict[str, Tensor] = {}
+        for path, home, where in (
+            ("on the CPU", "cpu", {}),
+            (f"on {args.device}", args.device, {}),
+            (
+                f"streamed to {args.device}",
+                "cpu",
+                {"device": args.device, "max_memory": args.stream or "8GB"},
+            ),
+        ):
+            model = copy.deepcopy(dense).to(home)
+            data = [{"input_ids": part.to(home)} for part in calibration.split(args.batch)]
+            settings = gptq_fx.GPTQConfig(group_size=64, **SETTINGS[args.settings])
+            start = time.perf_counter()
+            gptq_fx.quantize(model, settings, data, progress=args.progress, **where)
+            seconds = time.perf_counter() - start
+            found = {
+                name: weight.quantized_weight().codes().cpu()
+                for name, weight in model.named_parameters()
+                if isinstance(weight, gptq_fx.QuantizedParameter)
+            }
+            ours = ours or found
+            other = sum(int((found[name] != ours[name]).sum()) for name in ours)
+            share = other / sum(codes.numel() for codes in ours.values())
+            value = perplexity(model.to(args.device), held_out)
+            yield [title, path, f"{value:.4f}", f"{share:.5f}", f"{seconds:.1f}"]
+
+
 def main() -> None:
     cli = parser(__doc__.splitlines()[0])
     cli.add_argument("--model", choices=CONFIGS, default="llama-3.1-8b")
@@ -226,6 +285,7 @@ def main() -> None:
     cli.add_argument("--layers", type=int, help="fewer than the model has")
     cli.add_argument("--stream", metavar="8GB", help="weights on the host, this much of the device")
     cli.add_argument("--scaling", action="store_true")
+    cli.add_argument("--quality", action="store_true", help="of real models, against the CPU")
     cli.add_argument("--parts", action="store_true", help="what one stage is made of")
     cli.add_argument("--profile", action="store_true")
     cli.add_argument("--floor", action="store_true", help="measure the floor, too")
@@ -241,13 +301,16 @@ def main() -> None:
     if args.profile:
         publish(profile(config, args), args.out)
         return
-    if args.parts or args.scaling:
+    tables = {
+        "parts": (parts, "GPTQ, what one stage is made of", ["weights", "", "ms"]),
+        "scaling": (scaling, "GPTQ, how it grows", HEAD),
+        "quality": (quality, "GPTQ, here and there", QUALITY),
+    }
+    for make, title, head in (table for name, table in tables.items() if getattr(args, name)):
         rows = []
-        for row in parts(args) if args.parts else scaling(args):
+        for row in make(args):
             rows.append(row)
             print(" | ".join(row), flush=True)
-        head = ["weights", "", "ms"] if args.parts else HEAD
-        title = "GPTQ, what one stage is made of" if args.parts else "GPTQ, how it grows"
         publish("\n".join([conditions(title), "", markdown(head, rows)]), args.out)
         return
     outcome = measure(config, args)
