@@ -1,6 +1,7 @@
 """GPTQ as a compiler pass: torch.compile(model, backend="gptq")."""
 
 from gptq_fx.backend import backend
+from gptq_fx.bisect import bisect
 from gptq_fx.checkpoint import SaveReport, from_pretrained, save_pretrained
 from gptq_fx.config import GPTQConfig
 from gptq_fx.errors import (
@@ -46,6 +47,7 @@ __all__ = [
     "SiteRecord",
     "WeightError",
     "backend",
+    "bisect",
     "explain",
     "from_pretrained",
     "quantize",

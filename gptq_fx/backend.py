@@ -49,6 +49,7 @@ def backend(
     plan = make_plan(
         graph, values, parsed.config, kernel=parsed.kernel, explicit=parsed.explicit, root=running_module()
     )
+    plan.skip, plan.dump = parsed.skip, parsed.dump
     passes.run(graph, plan)
     return Compiled(graph, plan, values, parsed)
 
@@ -84,8 +85,8 @@ class Compiled:
         self.lifted = graph if graph.meta.get("gptq_lifted") else None
         self.options = options
         order = {n: i for i, n in enumerate(graph.graph.nodes) if n.op == "placeholder"}
-        sources: list[Operand | Order] = [*plan.orders]
-        sources += sorted(plan.operands, key=lambda o: min(order[n] for n in o.inputs if n))
+        sources: list[Operand | Order] = [*plan.orders, *plan.operands]
+        sources.sort(key=lambda source: min(order[n] for n in source.inputs if n))
         inputs = [node for source in sources for node in source.inputs if node is not None]
         assert inputs == sorted(inputs, key=order.__getitem__)
         self.packs = Resolver([(s, tuple(position[site.weight] for site in s.sites)) for s in sources])

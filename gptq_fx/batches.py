@@ -15,6 +15,8 @@ from gptq_fx.errors import CalibrationError
 from gptq_fx.experts import IMPLEMENTATION
 from gptq_fx.observe import observe
 from gptq_fx.passes.calibrate import Run, StagedGraph
+from gptq_fx.passes.experts import expert_rows
+from gptq_fx.passes.plan import ExpertsCall
 
 Batch = Mapping[str, Any]
 # The staged form of a graph, made at its first call.
@@ -125,18 +127,40 @@ def _first_lines(error: Exception) -> str:
 def valid_rows(run: Run, x: fx.Node, batch: Batch) -> Tensor:
     """The inputs [tokens, K] at a node, without the positions that an attention mask pads.
 
-    A mask [B, T] counts where the input has its positions; what comes from the inputs of a decoder goes
-    by `decoder_attention_mask`.
+    A mask counts where the input has its positions.
     """
     value = run.env[x]
     assert isinstance(value, Tensor)
     rows = value.reshape(-1, value.shape[-1])
+    mask = _mask(run, x, batch)
+    if mask is None or value.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        return rows
+    return rows[mask.reshape(-1) != 0]
+
+
+def valid_expert_rows(run: Run, call: ExpertsCall, experts: int, batch: Batch) -> list[Tensor]:
+    """The inputs [rows, K] of each expert, without those of positions that an attention mask pads.
+
+    A mask counts where it is known which position each row is.
+    """
+    x, which = run.env[call.x], None if call.which is None else run.env[call.which]
+    rows = expert_rows(call.form, experts, x, which)
+    mask = _mask(run, call.x, batch)
+    if call.which is None:  # each expert has all positions, or it is not known which
+        count, tokens = x.shape[1], torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    else:
+        count, tokens = run.tokens.get(call.which, (0, x))
+    if mask is None or count != mask.numel():
+        return rows
+    valid = (mask.reshape(-1) != 0)[tokens.long()].unsqueeze(-1)
+    kept = expert_rows(call.form, experts, valid, which)
+    return [part[keep[:, 0]] for part, keep in zip(rows, kept, strict=True)]
+
+
+def _mask(run: Run, x: fx.Node, batch: Batch) -> Tensor | None:
+    """The mask [B, T] of positions: `decoder_attention_mask` for what comes from the inputs of a decoder."""
     mask = batch.get("decoder_attention_mask" if x in _decoder(run, batch) else "attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return rows
-    if value.shape[:-1] not in (mask.shape, (mask.numel(),)):
-        return rows
-    return rows[mask.reshape(-1).to(rows.device) != 0]
+    return mask.to(run.env[x].device) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _decoder(run: Run, batch: Batch) -> frozenset[fx.Node]:

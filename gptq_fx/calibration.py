@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gptq_fx.backend import make_plan
-from gptq_fx.batches import Batch, check_batches, for_calibration, record, valid_rows
+from gptq_fx.batches import Batch, check_batches, for_calibration, record, valid_expert_rows, valid_rows
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide
 from gptq_fx.errors import CalibrationError, OutOfMemoryError
@@ -25,12 +25,12 @@ from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import run as run_passes
 from gptq_fx.passes.calibrate import Run, Stage, StagedGraph, Tap, WeightOf
 from gptq_fx.passes.capture import capture
-from gptq_fx.passes.experts import expert_rows
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
 from gptq_fx.passes.retarget import retarget
 from gptq_fx.phases import Phases, measuring, phase
 from gptq_fx.progress import bar
+from gptq_fx.ranks import ALONE, Ranks
 from gptq_fx.resume import Store
 from gptq_fx.solve import solve, solve_experts, together
 from gptq_fx.streaming import Mover, Need, need
@@ -53,6 +53,7 @@ def calibrate(
     progress: bool = True,
     resume_dir: str | None = None,
     max_memory: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[int, Linear], Phases]:
     """Quantize the linears that the batches reach. All weights of all graphs, by id of the parameter; and
     where the time went.
@@ -64,11 +65,16 @@ def calibrate(
     resume_dir: where finished stages are kept, and taken from.
     max_memory: bytes of `device`, on which all is then computed: weights are copied there stage by stage, and
         activations are in host memory between stages.
+    ranks: the processes that share the work; each gets the whole model and all batches.
     Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight,
     OutOfMemoryError, naming the stage.
     """
+    with ranks.together():
+        checked = check_batches(model, batches)
+    ranks.check_replicas(model, checked)
+    progress = progress and ranks.rank == 0
     mover = None if max_memory is None or device is None else Mover(torch.device(device), max_memory)
-    job = _Job(model, check_batches(model, batches), config, device, progress, mover)
+    job = _Job(model, ranks.share(checked), config, device, progress, ranks, mover)
     if resume_dir is not None and not config.sequential:
         raise CalibrationError("resume_dir: without sequential there are no stages to resume from")
     phases = Phases(torch.device(device) if device is not None else next(model.parameters()).device)
@@ -90,6 +96,7 @@ class _Job:
     config: GPTQConfig
     device: torch.device | str | None
     progress: bool
+    ranks: Ranks
     mover: Mover | None = None
     linears: dict[int, Linear] = field(default_factory=dict)
     graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
@@ -156,13 +163,13 @@ class _Job:
             pairs = zip(stage.sites, run.weights(stage), strict=True)
             linears = [self.find(site, weight) for site, weight in pairs]
             key = tuple(id(linear.parameter) for linear in linears if linear.waiting)
-            call = stage.sites[0].experts
+            call, batch = stage.sites[0].experts, self.batches[run.index]
             if stage.shareable:
                 self.shareable.update(key)
             if key and call is not None:
-                take(key, expert_rows(call, linears[0].dense.shape[0], run.env.__getitem__))
+                take(key, valid_expert_rows(run, call, linears[0].dense.shape[0], batch))
             elif key:
-                take(key, [valid_rows(run, x, self.batches[run.index])])
+                take(key, [valid_rows(run, x, batch)])
 
         return see
 
@@ -189,10 +196,13 @@ class _Job:
     def solve(self, key: Key, hessians: list[Hessian]) -> list[Linear]:
         """Quantize the weights of a stage; those of one scheme together."""
         linears = [self.linears[i] for i in key]
-        try:
-            check(hessians)
-        except CalibrationError as error:
-            raise CalibrationError(f"{linears[0].name}: {error}") from None
+        linears = [self.linears[i] for i in key]
+        with self.ranks.together():
+            try:
+                check(hessians)
+            except CalibrationError as error:
+                raise CalibrationError(f"{linears[0].name}: {error}") from None
+        self.ranks.reduce(hessians)
         groups: dict[object, list[Linear]] = {}
         for linear in linears:
             groups.setdefault((linear.scheme, linear.parameter.dtype), []).append(linear)
@@ -201,9 +211,9 @@ class _Job:
                 share = bool(self.config.route_all) and key[0] in self.shareable
                 least = MIN_TOKENS if self.config.min_tokens is None else self.config.min_tokens
                 for linear in group:
-                    solve_experts(linear, hessians, self.settings, least=least, share=share)
+                    solve_experts(linear, hessians, self.settings, self.ranks, least=least, share=share)
             else:
-                solve(group, hessians[0], self.settings)
+                solve(group, hessians[0], self.settings, self.ranks)
         return linears
 
 
@@ -212,11 +222,14 @@ class _Job:
 
 def _in_sequence(job: _Job, store: Store, phases: Phases) -> None:
     """Each stage is quantized on what the stages before it, quantized already, make of the batches."""
-    runs = record(job.model, job.batches, job.staged)
+    with job.ranks.together():
+        runs = record(job.model, job.batches, job.staged)
     # With gptaq each batch also runs through the dense model.
     originals = [run.again() for run in runs] if job.settings.gptaq else [None] * len(runs)
     stages = {run.graph: {_key(run, stage): stage for stage in run.graph.stages} for run in runs}
-    order = _order([list(path) for path in stages.values()])
+    with job.ranks.together():
+        order = _order([list(path) for path in stages.values()])
+    job.ranks.check_same("stages", [[job.linears[i].name for i in key] for key in order])
     dense = _Dequantized(job.linears, None if job.mover is None else job.mover.device)
     if job.mover is not None:
         job.mover.check(job.need(key) for key in order)
@@ -227,10 +240,11 @@ def _in_sequence(job: _Job, store: Store, phases: Phases) -> None:
                 if job.mover is not None:
                     job.mover.begin(job.need(key))
                 stored = store.load(number, linears)
-                for run, original in zip(runs, originals, strict=True):
-                    if key in stages[run.graph]:
-                        _advance(job, run, original, stages[run.graph][key], dense)
-                    shown.update()
+                with job.ranks.together():
+                    for run, original in zip(runs, originals, strict=True):
+                        if key in stages[run.graph]:
+                            _advance(job, run, original, stages[run.graph][key], dense)
+                        shown.update()
                 dense.clear()
                 if job.mover is not None:
                     job.mover.drop()
@@ -322,7 +336,8 @@ class _Dequantized:
         if id(parameter) not in self.kept:
             weight = linear.quantized.weight
             dense = (weight if self.device is None else weight.to(self.device)).dequantize()
-            self.kept[id(parameter)] = dense.mT if linear.transposed else dense
+            # Laid out as the parameter is: some CPUs multiply bf16 a dozen times slower otherwise.
+            self.kept[id(parameter)] = (dense.mT if linear.transposed else dense).contiguous()
         return self.kept[id(parameter)]
 
     def clear(self) -> None:
@@ -334,7 +349,7 @@ class _Dequantized:
 
 def _at_once(job: _Job) -> None:
     """Every linear is quantized on what the dense model makes of the batches, whatever graphs it has."""
-    with bar(len(job.batches), "observing", show=job.progress) as shown:
+    with job.ranks.together(), bar(len(job.batches), "observing", show=job.progress) as shown:
         for index, batch in enumerate(job.batches):
 
             def take(key: Key, x: Rows, index: int = index) -> None:
@@ -347,6 +362,7 @@ def _at_once(job: _Job) -> None:
             observe(job.model, (), batch, run)
             shown.update()
     stages = _disjoint(job.hessians)
+    job.ranks.check_same("weights with inputs", [[job.linears[i].name for i in key] for key in stages])
     with bar(len(stages), "quantizing", show=job.progress) as shown:
         for key, same in stages.items():
             shown.set_postfix_str(_losses(job.solve(key, same)))

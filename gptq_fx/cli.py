@@ -33,6 +33,7 @@ Device = Annotated[str | None, typer.Option(help="where to compute; default: an 
 Compile = Annotated[bool, typer.Option(help="run compiled, as an application would")]
 Source = Annotated[str, typer.Option("--text", help="a file, or a data set NAME[:CONFIG[:SPLIT]]")]
 Length = Annotated[int, typer.Option(min=8, help="tokens of a window")]
+Page = Annotated[Path | None, typer.Option("--html", help="a file to write the report to, as a page")]
 
 
 @app.callback()
@@ -77,6 +78,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option(help="replace a quantized checkpoint at OUT")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    html: Page = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantize a dense model, and write it as a GPTQ checkpoint."""
@@ -93,6 +95,8 @@ def quantize(
         batches = [{"input_ids": ids[None].to(loaded.device)} for ids in found]
     where = None if max_memory is None else _device(device)
     report = gptq_fx.quantize(loaded, config, batches, device=where, max_memory=max_memory)
+    if html is not None:
+        report.to_html(html, f"{model}, quantized")
     saved = gptq_fx.save_pretrained(
         loaded, out, tokenizer=tokenizer, max_shard_size=max_shard_size, overwrite=overwrite
     )
@@ -109,6 +113,7 @@ def explain(
     dynamic: Annotated[str | None, typer.Option(help="rules as JSON, in the syntax of GPTQModel")] = None,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    html: Page = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what the backend would do with every weight of a causal language model."""
@@ -118,6 +123,8 @@ def explain(
     loaded = _load(model, dtype, device)
     ids = torch.zeros(1, 8, dtype=torch.long, device=loaded.device)
     report = gptq_fx.explain(loaded, input_ids=ids, use_cache=False, config=config)
+    if html is not None:
+        report.to_html(html, model)
     _show(report.to_dict(), str(report), as_json)
 
 

@@ -95,7 +95,7 @@ def _activation(module: nn.Module) -> str | None:
 
     A module may have any: only what it computes tells.
     """
-    sample = 6 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    sample = 6 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0), device="cpu")
     with torch.no_grad():
         wanted = module._apply_gate(sample)  # type: ignore[operator]
     for name, act in ACTIVATIONS.items():

@@ -18,6 +18,7 @@ from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Site
 from gptq_fx.report import Report
 from gptq_fx.scheme import Rule
+from gptq_fx.sketch import GraphRecord, sketch
 
 EXPERTS_LOOP = (
     "experts in a Python loop, which breaks the graph: model.set_experts_implementation('grouped_mm') "
@@ -30,22 +31,27 @@ def explain(model: nn.Module, *args: Any, config: GPTQConfig | None = None, **kw
     """Run `model(*args, **kwargs)` once, and report what `backend="gptq"` would do with each weight.
 
     Nothing is changed. Every graph is observed, also those that several layers share, and weights
-    that no graph reaches are named. Raises KernelError and ConfigError as compiling would.
+    that no graph reaches are named. The graphs before and after the passes are in `report.graphs`, with
+    stand-ins for what would be quantized. Raises KernelError and ConfigError as compiling would.
     """
     config = config or GPTQConfig()
     restore_marks(model)
     seen: list[tuple[Site, Tensor]] = []
     sites: dict[fx.GraphModule, list[tuple[Site, int]]] = {}
+    graphs: list[GraphRecord] = []
 
     def note(gm: fx.GraphModule, values: tuple[Any, ...]) -> Any:
         if gm not in sites:
             sites[gm] = _sites(gm, values, model)
+            graphs.append(sketch(gm, values, config, model))
         seen.extend((site, values[i]) for site, i in sites[gm])
         return gm.forward(*values)
 
     with torch.no_grad():
         observe(model, args, kwargs, note)
-    return _report(model, seen, config)
+    report = _report(model, seen, config)
+    report.graphs = graphs
+    return report
 
 
 def _sites(gm: fx.GraphModule, values: tuple[Any, ...], model: nn.Module) -> list[tuple[Site, int]]:

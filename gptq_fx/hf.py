@@ -64,6 +64,11 @@ def _config_class() -> Any:
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            if (model._tp_size or 1) > 1:
+                raise CheckpointError(
+                    f"tp_size={model._tp_size}: transformers' own loading reads whole weights. "
+                    "Legal: gptq_fx.from_pretrained(path, distributed_config=...)"
+                )
             read.put(model, self.made)
             del self.made, model.config.quantization_config  # a model to quantize, save and compile as any
             return model.requires_grad_(False)

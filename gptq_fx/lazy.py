@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptq_fx.errors import WeightError
 from gptq_fx.grid import check_finite, round_to_nearest
+from gptq_fx.modes import packing
 from gptq_fx.names import full_path
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parameter import QuantizedParameter
@@ -29,6 +30,9 @@ class _Forms:
     storage: torch.UntypedStorage  # kept, so that no other numbers can come to lie at its address
     by_scheme: dict[tuple[Scheme, bool], PackedWeight] = field(default_factory=dict)
 
+    def current(self, weight: Tensor) -> bool:
+        return self.parameter() is weight and self.version == _version(weight)
+
 
 _FORMS: dict[int, _Forms] = {}
 
@@ -40,27 +44,33 @@ def quantized(weight: Tensor, scheme: Scheme, name: str, transposed: bool) -> Pa
     """
     if isinstance(weight, QuantizedParameter):
         return weight.packed
-    forms = _forms(weight)
     key = (scheme, transposed)
-    if key not in forms.by_scheme:
-        with torch.no_grad():
-            dense = weight.detach().mT if transposed else weight.detach()
-            try:
-                rounded = round_to_nearest(dense, scheme, name)
-            except WeightError:  # the graph may have been made for another layer, whose name this is
-                check_finite(dense, full_path(weight, name))
-                raise
-        forms.by_scheme[key] = PackedWeight(rounded, scheme, None)
+    forms = _FORMS.get(id(weight))
+    if forms is None or not forms.current(weight) or key not in forms.by_scheme:
+        with packing():
+            forms = _make(weight, key, name)
     return forms.by_scheme[key]
 
 
-def _forms(weight: Tensor) -> _Forms:
-    key = id(weight)
-    # In-place changes move the version, `parameter.data = ...` moves the address.
-    version = (-1 if weight.is_inference() else weight._version, weight.data_ptr())
-    forms = _FORMS.get(key)
-    if forms is None or forms.parameter() is not weight or forms.version != version:
-        gone = weakref.ref(weight, lambda _: _FORMS.pop(key, None))
-        forms = _Forms(gone, version, weight.untyped_storage())
-        _FORMS[key] = forms
+def _make(weight: Tensor, key: tuple[Scheme, bool], name: str) -> _Forms:
+    """The forms of a weight, the one for `key` among them, unless another thread has made it meanwhile."""
+    scheme, transposed = key
+    number = id(weight)
+    forms = _FORMS.get(number)
+    if forms is None or not forms.current(weight):
+        gone = weakref.ref(weight, lambda _: _FORMS.pop(number, None))
+        forms = _FORMS[number] = _Forms(gone, _version(weight), weight.untyped_storage())
+    if key not in forms.by_scheme:
+        dense = weight.detach().mT if transposed else weight.detach()
+        try:
+            rounded = round_to_nearest(dense, scheme, name)
+        except WeightError:  # the graph may have been made for another layer, whose name this is
+            check_finite(dense, full_path(weight, name))
+            raise
+        forms.by_scheme[key] = PackedWeight(rounded, scheme, None)
     return forms
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    """In-place changes move the version, `parameter.data = ...` moves the address."""
+    return -1 if weight.is_inference() else weight._version, weight.data_ptr()

@@ -47,9 +47,12 @@ def running_module() -> nn.Module | None:
     found = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            found = owner
+        # Only methods are asked: before Python 3.13 f_locals leaves a copy behind in the frame, and a
+        # function that has compiled a model would keep it, whatever it deletes, until it returns.
+        if frame.f_code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                found = owner
         frame = frame.f_back
     return getattr(found, "_orig_mod", found)
 

@@ -17,6 +17,16 @@ from gptq_fx.weight import dequantize
 
 LIBRARY = torch.library.Library("gptq", "DEF")
 
+# What a CPU has no instructions for: torch multiplies it by plain loops, a hundred times slower than fp32.
+_SLOW_ON_CPU = {
+    dtype
+    for dtype, fast in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    )
+    if not fast
+}
+
 
 def define(schema: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Register a function as composite op `gptq::<schema>`, and return the op in its place."""
@@ -63,6 +73,12 @@ def linear(
     bits: int,
 ) -> Tensor:
     """x [*, K] times the QuantizedWeight of the four tensors, plus bias [N] -> [*, N] in x's dtype."""
-    weight = dequantize(qweight, scales, qzeros, g_idx, bits, x.shape[-1], x.dtype)
-    y = torch.matmul(x, weight)
-    return y if bias is None else y + bias
+    dtype = product_dtype(x.device.type, x.dtype)
+    weight = dequantize(qweight, scales, qzeros, g_idx, bits, x.shape[-1], dtype)
+    y = torch.matmul(x.to(dtype), weight)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a type of device multiplies matrices of `dtype`."""
+    return torch.float32 if device == "cpu" and dtype in _SLOW_ON_CPU else dtype

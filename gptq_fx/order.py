@@ -35,7 +35,7 @@ def order_of(weight: QuantizedWeight) -> Tensor | None:
 
 def _shared(order: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, order.shape, generator=generator)
+    factors = torch.randint(-(2**62), 2**62, order.shape, generator=generator, device="cpu")
     checksum = int((order.cpu() * factors).sum())  # wraps around
     return _ORDERS.setdefault((order.device, order.shape, checksum), order)
 

@@ -6,41 +6,75 @@ import copy
 import itertools
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptq_fx.kernels import Kernel, LinearSpec, Tensors, block, get_kernel, grouped
+from gptq_fx.modes import packing
 from gptq_fx.order import gather, gather_grouped, order_of, sort, unsort
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
 _LIVE: weakref.WeakValueDictionary[int, PackedWeight] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count(1)
+_CHANGES = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The bytes of a weight in the layout of a kernel: read and replaced as one, since threads share weights.
+
+    tensors: the pack of `kernel` for `layout`. The kernel `reference` holds the tensors of a QuantizedWeight.
+    order: None, or the order that the inputs of the pack are in.
+    merged, start: where the tensors are views of a larger pack that holds the outputs of several
+        weights, that pack, and the place of the first output in it.
+    """
+
+    kernel: Kernel
+    layout: LinearSpec
+    tensors: Tensors
+    order: Tensor | None = None
+    merged: PackedWeight | None = None
+    start: int = 0
+
+    def call_tensors(self) -> Tensors:
+        """The tensors as ops want them, contiguous even where they are cut out of a merged pack."""
+        if self.merged is None:
+            return self.tensors
+        return tuple(None if t is None else t.contiguous() for t in self.tensors)
+
+    def unpacked(self) -> QuantizedWeight:
+        """The canonical form; the pack stays."""
+        weight = self.kernel.unpack_all(self.tensors, self.layout)
+        return weight if self.order is None else unsort(weight, self.order)
+
+    def expert(self, index: int) -> QuantizedWeight:
+        """The canonical form of one expert of a stack; the others are not touched."""
+        one = tuple(None if t is None else t[index : index + 1] for t in self.tensors)
+        weight = self.kernel.unpack_all(one, replace(self.layout, experts=1)).expert(0)
+        return weight if self.order is None else unsort(weight, self.order[index])
 
 
 class PackedWeight:
     """One quantized weight. `lower` changes its layout in place, and drops the one before.
 
-    kernel, layout, tensors: tensors are the pack of `kernel` for `layout`, which is `spec`, or, where the
-        pack is `sorted`, spec.ordered. The kernel `reference` holds the tensors of a QuantizedWeight.
+    pack: its bytes; `kernel`, `tensors` and so on are those of the pack.
+    spec: what it is, whatever the layout.
     order: of a weight in act-order, its inputs sorted by groups (int64 [*, K]); None where it has no
         such order, or its groups differ in size.
-    sorted: the inputs of the pack are in that order.
     error: ||W - W_quantized|| / ||W|| when it was quantized, where it was measured.
-    merged, start: where the tensors are views of a larger pack that holds the outputs of several
-        weights, that pack, and the place of the first output in it.
     handle: a number that names this object to ops of a graph (int64 [] on the host).
-    changes: how often any weight of the process was given tensors.
+    changes: another number whenever any weight of the process is given a pack, or a parameter.
     """
 
     changes = 0
 
     def __init__(self, weight: QuantizedWeight, scheme: Scheme, error: float | None) -> None:
-        self.kernel = get_kernel("reference")
-        self.spec = self.layout = LinearSpec(
+        kernel = get_kernel("reference")
+        self.spec = LinearSpec(
             weight.in_features,
             weight.out_features,
             replace(scheme, desc_act=weight.g_idx is not None),  # static groups lie where they lay
@@ -48,26 +82,52 @@ class PackedWeight:
             weight.scales.device.type,
             weight.scales.shape[0] if weight.scales.ndim == 3 else None,
         )
-        self.tensors = self.kernel.pack_all(weight, self.spec)
+        self.pack = Pack(kernel, self.spec, kernel.pack_all(weight, self.spec))
         self.order = None if weight.g_idx is None else order_of(weight)
-        self.sorted = False
         self.error = error
-        self.merged: PackedWeight | None = None
-        self.start = 0
         self._name_handle()
 
     @property
-    def tensors(self) -> Tensors:
-        return self._tensors
+    def pack(self) -> Pack:
+        return self._pack
 
-    @tensors.setter
-    def tensors(self, tensors: Tensors) -> None:
-        self._tensors = tensors
-        PackedWeight.changes += 1
+    @pack.setter
+    def pack(self, pack: Pack) -> None:
+        self._pack = pack
+        self.count_change()  # behind the pack: who sees the number sees the pack
+
+    @staticmethod
+    def count_change() -> None:
+        PackedWeight.changes = next(_CHANGES)
+
+    @property
+    def kernel(self) -> Kernel:
+        return self._pack.kernel
+
+    @property
+    def layout(self) -> LinearSpec:
+        return self._pack.layout
+
+    @property
+    def tensors(self) -> Tensors:
+        return self._pack.tensors
+
+    @property
+    def merged(self) -> PackedWeight | None:
+        return self._pack.merged
+
+    @property
+    def start(self) -> int:
+        return self._pack.start
+
+    @property
+    def sorted(self) -> bool:
+        """Whether the inputs of the pack are in the order of the groups."""
+        return self._pack.order is not None
 
     def _name_handle(self) -> None:
         number = next(_HANDLES)
-        self.handle = torch.tensor(number)
+        self.handle = torch.tensor(number, device="cpu")
         _LIVE[number] = self
 
     @property
@@ -80,53 +140,53 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in self.tensors if t is not None)
 
     def call_tensors(self) -> Tensors:
-        """The tensors as ops want them, contiguous even where they are cut out of a merged pack."""
-        if self.merged is None:
-            return self.tensors
-        return tuple(None if t is None else t.contiguous() for t in self.tensors)
+        return self.pack.call_tensors()
 
     def unpacked(self) -> QuantizedWeight:
-        """The canonical form; the pack stays."""
-        weight = self.kernel.unpack_all(self.tensors, self.layout)
-        return unsort(weight, self.order) if self.sorted and self.order is not None else weight
+        return self.pack.unpacked()
 
     def expert(self, index: int) -> QuantizedWeight:
-        """The canonical form of one expert of a stack; the others are not touched."""
-        one = tuple(None if t is None else t[index : index + 1] for t in self.tensors)
-        weight = self.kernel.unpack_all(one, replace(self.layout, experts=1)).expert(0)
-        return unsort(weight, self.order[index]) if self.sorted and self.order is not None else weight
+        return self.pack.expert(index)
 
-    def lower(self, kernel: Kernel, sorted: bool | None = None) -> None:
-        """Take the layout of `kernel`, if the weight is not in it; `sorted`, or as the kernel wants it."""
+    def lower(self, kernel: Kernel, sorted: bool | None = None) -> Pack:
+        """Take the layout of `kernel`, if the weight is not in it; `sorted`, or as the kernel wants it.
+
+        Returns that pack: before its caller has read it, another thread may want another one.
+        """
         if sorted is None:
             sorted = kernel.sorts(self.spec)
-        if self.kernel is kernel and self.sorted is sorted:
-            return
-        weight, layout = self.unpacked(), self.spec
-        if sorted:
-            assert self.order is not None, "groups of different sizes cannot be sorted"
-            weight, layout = sort(weight, self.order), self.spec.ordered
-        self.tensors = kernel.pack_all(weight, layout)
-        self.kernel, self.layout, self.sorted = kernel, layout, sorted
-        self.merged, self.start = None, 0
+        found = self.pack
+        if found.kernel is kernel and (found.order is not None) is sorted:
+            return found
+        with packing():
+            found = self.pack  # another thread may have been here
+            if found.kernel is not kernel or (found.order is not None) is not sorted:
+                weight, layout = found.unpacked(), self.spec
+                if sorted:
+                    assert self.order is not None, "groups of different sizes cannot be sorted"
+                    weight, layout = sort(weight, self.order), self.spec.ordered
+                order = self.order if sorted else None
+                found = self.pack = Pack(kernel, layout, kernel.pack_all(weight, layout), order)
+        return found
 
     def adopt(self, other: PackedWeight) -> None:
         """Take the numbers of `other`, a weight of the same spec."""
-        self.kernel, self.tensors, self.error = other.kernel, other.tensors, other.error
-        self.layout, self.order, self.sorted = other.layout, other.order, other.sorted
-        self.merged, self.start = None, 0
+        self.order, self.error = other.order, other.error
+        self.pack = replace(other.pack, merged=None, start=0)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [*, K] -> [*, N]."""
-        if self.sorted and self.order is not None:
-            x = gather(x, self.order)
-        return self.kernel.call(x, self.call_tensors(), bias, self.layout)
+        pack = self.pack
+        if pack.order is not None:
+            x = gather(x, pack.order)
+        return pack.kernel.call(x, pack.call_tensors(), bias, pack.layout)
 
     def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
         """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]."""
-        if self.sorted and self.order is not None:
-            x = gather_grouped(x, self.order, ends)
-        op, rest = grouped.call(self.kernel, "grouped", self.call_tensors(), ends, self.layout)
+        pack = self.pack
+        if pack.order is not None:
+            x = gather_grouped(x, pack.order, ends)
+        op, rest = grouped.call(pack.kernel, "grouped", pack.call_tensors(), ends, pack.layout)
         return op(x, *rest)  # type: ignore[no-any-return]
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None) -> PackedWeight:
@@ -135,8 +195,8 @@ class PackedWeight:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         new = copy.copy(self)
-        new.tensors = tuple(None if t is None else t.clone() for t in self.tensors)
-        new.merged, new.start = None, 0
+        tensors = tuple(None if t is None else t.clone() for t in self.tensors)
+        new.pack = replace(self.pack, tensors=tensors, merged=None, start=0)
         new._name_handle()
         memo[id(self)] = new
         return new
@@ -145,6 +205,11 @@ class PackedWeight:
 def live(handle: Tensor) -> PackedWeight:
     """The weight that a handle names."""
     return _LIVE[int(handle)]
+
+
+def living() -> list[PackedWeight]:
+    """Every weight of the process."""
+    return list(_LIVE.values())
 
 
 def run_experts(
@@ -158,18 +223,19 @@ def run_experts(
     activation: str,
 ) -> Tensor:
     """gptq::experts: x [T, H], ids and weights [T, k] -> [T, H]."""
-    for stack in (gate_up, down):
-        if stack.sorted:  # a block has no place for a gather between its linears
-            stack.lower(get_kernel("reference"))
+    # A block has no place for a gather between its linears.
+    first, second = (
+        stack.lower(get_kernel("reference")) if stack.sorted else stack.pack for stack in (gate_up, down)
+    )
     op, args = block.call(
-        (gate_up.kernel.name, down.kernel.name),
+        (first.kernel.name, second.kernel.name),
         (
-            *(x, ids, weights, list(gate_up.call_tensors()), list(down.call_tensors())),
+            *(x, ids, weights, list(first.call_tensors()), list(second.call_tensors())),
             *(gate_up_bias, down_bias, activation),
-            *(list(p.kernel.op_args(p.layout)) for p in (gate_up, down)),
+            *(list(p.kernel.op_args(p.layout)) for p in (first, second)),
         ),
-        gate_up.layout,
-        down.layout,
+        first.layout,
+        second.layout,
     )
     return op(*args)  # type: ignore[no-any-return]
 
@@ -197,17 +263,24 @@ def merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
 
     Nothing is done where they are that already.
     """
-    whole = parts[0].merged
-    start = 0
-    for part in parts:
-        if whole is None or part.merged is not whole or part.start != start:
-            break
+    whole = _whole(parts, kernel)
+    if whole is None:
+        with packing():
+            whole = _whole(parts, kernel) or _merge(parts, kernel)
+    return whole
+
+
+def _whole(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight | None:
+    """The pack for `kernel` that holds exactly these parts, in this order."""
+    packs = [part.pack for part in parts]
+    whole, start = packs[0].merged, 0
+    if whole is None or whole.kernel is not kernel:
+        return None
+    for part, pack in zip(parts, packs, strict=True):
+        if pack.merged is not whole or pack.start != start:
+            return None
         start += part.spec.out_features
-    else:
-        assert whole is not None
-        if whole.kernel is kernel and start == whole.spec.out_features:
-            return whole
-    return _merge(parts, kernel)
+    return whole if start == whole.spec.out_features else None
 
 
 def _merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
@@ -224,12 +297,11 @@ def _merge(parts: Sequence[PackedWeight], kernel: Kernel) -> PackedWeight:
         weights[0].bits,
     )
     whole = PackedWeight(joined, parts[0].spec.scheme, None)
-    whole.lower(kernel)
+    tensors = whole.lower(kernel).tensors
     start = 0
     for part in parts:
         stop = start + part.spec.out_features
-        part.tensors = kernel.cut(whole.tensors, whole.spec, start, stop)
-        part.layout, part.sorted = part.spec.ordered, order is not None
-        part.kernel, part.merged, part.start = kernel, whole, start
+        cut = kernel.cut(tensors, whole.spec, start, stop)
+        part.pack = Pack(kernel, part.spec.ordered, cut, order, whole, start)
         start = stop
     return whole

@@ -10,28 +10,18 @@ from torch import Tensor
 
 from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
-from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
-from gptq_fx.packed import PackedWeight, run_experts
+from gptq_fx.expert_calls import run_stack
+from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
+from gptq_fx.modes import as_autocast
+from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import Scheme
 from gptq_fx.state import copy_into, packed_of, state_of
 from gptq_fx.weight import QuantizedWeight
 
 aten = torch.ops.aten
 
-
 # What transposes arrive as -> the name they have in `spelling`.
 FLIPS = {aten.t.default: "t", aten.transpose.int: "transpose", aten.permute.default: "permute"}
-
-
-# Calls that multiply a batch of matrices by a stack of experts.
-BMM = (
-    torch.bmm,
-    torch.matmul,
-    torch.Tensor.bmm,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    aten.bmm.default,
-)
 
 
 class QuantizedParameter(torch.Tensor):
@@ -73,6 +63,7 @@ class QuantizedParameter(torch.Tensor):
             shape = _flipped(spec.shape) if transposed else spec.shape
             meta: Any = (spec.scheme, shape, spec.dtype, packed.device, packed.order is not None)
             handle = packed.handle
+            packed.count_change()
         else:
             handle, meta = fake[0], fake[1]
         scheme, shape, dtype, device, _ = meta
@@ -123,20 +114,28 @@ class QuantizedParameter(torch.Tensor):
                 f"{self.fqn}: a weight {list(self.shape)} quantized along its "
                 f"{'first' if self.transposed else 'second'} dimension is multiplied along the other"
             )
-        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
-            return self._packed.linear(x, bias)
         out_features = self.shape[1 if self.transposed else 0]
-        y: Tensor = handle_linear(x, self.handle, bias, out_features)
-        return y
+
+        def run(x: Tensor) -> Tensor:
+            if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+                return self._packed.linear(x, bias)
+            y: Tensor = handle_linear(x, self.handle, bias, out_features)
+            return y
+
+        return as_autocast(run, x, self.dtype)
 
     def grouped(self, x: Tensor, ends: Tensor, transposed: bool) -> Tensor:
         """x [S, K] -> [S, N]: rows ends[e - 1] to ends[e] by expert e."""
         if transposed != self.transposed or self.ndim != 3:
             raise DenseUseError(f"{self.fqn}: {list(self.shape)} is no stack of experts for this call")
-        if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
-            return self._packed.grouped(x, ends)
-        y: Tensor = handle_grouped(x, self.handle, ends, self.shape[-1 if self.transposed else -2])
-        return y
+
+        def run(x: Tensor) -> Tensor:
+            if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+                return self._packed.grouped(x, ends)
+            y: Tensor = handle_grouped(x, self.handle, ends, self.shape[-1 if self.transposed else -2])
+            return y
+
+        return as_autocast(run, x, self.dtype)
 
     def select(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         """The dense weights of the experts `ids`: right wherever code picks experts, but slow."""
@@ -182,9 +181,9 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
-        experts = _experts(cls, func, args, kwargs)
-        if experts is not None:
-            return experts
+        y = run_stack(cls, func, args, kwargs)
+        if y is not None:
+            return y
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -197,9 +196,9 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
-        experts = _experts(cls, func, args, kwargs)
-        if experts is not None:
-            return experts
+        y = run_stack(cls, func, args, kwargs)
+        if y is not None:
+            return y
         if self is not None:
             if func in (aten.detach.default, aten.alias.default):
                 return self._alias(self._packed)
@@ -232,41 +231,6 @@ class QuantizedParameter(torch.Tensor):
 
 def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
-
-
-def _experts(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The result of a call that takes a stack of experts, or None."""
-    whole = spelling.read_block(func, args, kwargs)
-    if whole is not None:
-        return _block(whole)
-    call = spelling.read_grouped(func, args, kwargs)
-    if call is not None and isinstance(call.weight, cls) and not isinstance(call.x, cls):
-        return call.weight.grouped(call.x, call.ends, call.transposed)  # type: ignore[attr-defined,no-any-return]
-    if func in BMM and isinstance(args[1], QuantizedParameter) and args[1].ndim == args[0].ndim == 3:
-        x, weight = args
-        ends = torch.arange(1, x.shape[0] + 1, device=x.device) * x.shape[1]
-        y = weight.grouped(x.reshape(-1, x.shape[-1]), ends, True)
-        return y.reshape(*x.shape[:2], y.shape[-1])  # type: ignore[no-any-return]
-    if func is torch.Tensor.__getitem__ and args[0].ndim == 3 and isinstance(args[0], cls):
-        ids = args[1] if isinstance(args[1], Tensor) else torch.as_tensor(args[1])
-        if ids.dtype in (torch.int64, torch.int32):
-            return args[0].select(ids)  # type: ignore[attr-defined,no-any-return]
-    return None
-
-
-def _block(call: spelling.Block) -> Tensor:
-    """gptq::quantized_experts on QuantizedParameters."""
-    stacks = (call.gate_up, call.down)
-    for stack in stacks:
-        if not isinstance(stack, QuantizedParameter) or stack.ndim != 3:
-            raise DenseUseError(
-                "gptq::quantized_experts: found a dense stack beside a quantized one. Legal: both of a kind"
-            )
-    packs = [stack._packed for stack in stacks]
-    if None in packs or type(call.x) not in (Tensor, torch.nn.Parameter):
-        y: Tensor = handle_block(*call._replace(gate_up=stacks[0].handle, down=stacks[1].handle))
-        return y
-    return run_experts(*call._replace(gate_up=packs[0], down=packs[1]))
 
 
 def _flat(args: Any) -> Any:

@@ -13,15 +13,19 @@ from torch import Tensor, nn
 from gptq_fx.calibration import calibrate
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide, leave_dense
-from gptq_fx.errors import ConfigError
+from gptq_fx.errors import CalibrationError, ConfigError
 from gptq_fx.experts import install
 from gptq_fx.grid import check_finite, relative_error, round_to_nearest
 from gptq_fx.linear import Linear, Quantized
+from gptq_fx.modes import plain
 from gptq_fx.names import names_by_id
 from gptq_fx.packed import PackedWeight
+from gptq_fx.parallel import gathered, is_split, part_of, run_local
 from gptq_fx.parameter import QuantizedParameter, as_parameter
 from gptq_fx.progress import progress as with_progress
+from gptq_fx.ranks import Ranks
 from gptq_fx.report import Report
+from gptq_fx.shard import cut
 from gptq_fx.streaming import parse_bytes
 
 
@@ -51,6 +55,7 @@ class _Weight:
         return self.decision.scheme is not None and not isinstance(self.parameter, QuantizedParameter)
 
 
+@plain()
 def quantize(
     model: nn.Module,
     config: GPTQConfig | None = None,
@@ -60,6 +65,7 @@ def quantize(
     progress: bool = True,
     resume_dir: str | None = None,
     max_memory: str | None = None,
+    process_group: Any = None,
 ) -> Report:
     """Quantize the linears of `model` in place, and free their dense weights.
 
@@ -68,12 +74,17 @@ def quantize(
         None rounds all to nearest. Without inputs there is no graph to read, so that the linears are the
         modules that are one: nn.Linear and its subclasses, and transformers' Conv1D.
     device: where weights are solved; those of the model stay on their own.
+    A model that transformers has split between ranks (tp_plan) is quantized by a call on every rank: each
+        weight is gathered, rounded and cut, so that its integers do not depend on the number of ranks.
     max_memory: bytes of `device` ("8GB"), for a model on the CPU that does not fit it: everything is computed
         there, with the weights of one stage and the activations of one batch at a time.
     progress: show a bar for what takes over two seconds.
     resume_dir: a folder for the finished stages of a calibration in sequence. A run that was killed
         goes on behind the last of them when it is started again, and gives the same integers.
+    process_group: of torch.distributed; its ranks share the calibration. Each has the whole model, calls
+        this with the same arguments, and gets the same integers (gptq_fx/ranks.py).
 
+    Autocast and inference mode are off meanwhile: the model is run in its own dtype.
     The model is changed at the very end, once nothing can be refused or interrupted any more: until then
     the quantized weights are held beside the dense ones.
     Raises CalibrationError on batches that the model cannot take, WeightError, naming the weight, on NaN
@@ -83,8 +94,18 @@ def quantize(
     budget = None if max_memory is None else _budget(model, config, calibration, device, max_memory)
     if resume_dir is not None and (calibration is None or not config.sequential):
         raise ConfigError(f"resume_dir={resume_dir!r}: only calibration with sequential=True has stages")
+    if process_group is not None and (calibration is None or resume_dir is not None):
+        raise ConfigError(
+            "process_group: without calibration there is no work to share, and with resume_dir "
+            "it is not in this version. Legal: with calibration, without resume_dir"
+        )
     reached: dict[int, Linear] = {}
     phases = None
+    if calibration is not None and any(map(is_split, model.parameters())):
+        raise CalibrationError(
+            "calibration: the model is split between ranks. Legal: calibration=None; or calibrate the whole "
+            "model, save it, and load it with from_pretrained(path, distributed_config=...)"
+        )
     if calibration is not None:
         reached, phases = calibrate(
             model,
@@ -94,6 +115,7 @@ def quantize(
             progress=progress,
             resume_dir=resume_dir,
             max_memory=budget,
+            ranks=Ranks(process_group),
         )
     weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
@@ -102,11 +124,13 @@ def quantize(
         report.notes.append(f"calibration: {phases}")
     rounded = [w for w in chosen if w.calibrated is None]  # the others were checked before
     for weight in with_progress(rounded, "checking weights", show=progress):
-        check_finite(weight.parameter, weight.name)
+        check_finite(gathered(weight.parameter), weight.name)
     made: dict[tuple[int, bool], QuantizedParameter] = {}
     for weight in with_progress(chosen, "quantizing", show=progress):
         _make(weight, made, device)
     for weight in chosen:
+        if is_split(weight.parameter):
+            run_local(weight.module)
         setattr(weight.module, weight.leaf, made[_same(weight)])
     _untie(model, chosen)
     install(model)
@@ -266,10 +290,13 @@ def _make(
         packed = PackedWeight(quantized.weight, scheme, quantized.error)
     else:
         with torch.no_grad():
-            matrix = dense.detach().to(device)
+            matrix = gathered(dense).to(device)
             matrix = matrix.mT if weight.transposed else matrix
             rounded = round_to_nearest(matrix, scheme, weight.name)
             error = relative_error(matrix, rounded)
+            part = part_of(dense, weight.transposed, weight.name)
+            if part is not None:
+                rounded, scheme = cut(rounded, scheme, part)
             packed = PackedWeight(rounded.to(dense.device), scheme, error)
     parameter = QuantizedParameter(packed, weight.name, weight.transposed)
     made[_same(weight)] = as_parameter(parameter)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -18,6 +20,7 @@ from gptq_fx.kernels import LinearSpec
 from gptq_fx.linear import Measured
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Rule, Scheme
+from gptq_fx.sketch import GraphRecord
 from gptq_fx.weight import packed_rows
 
 
@@ -50,6 +53,7 @@ class Report:
     """sites: one record for each weight. unused_rules: rules of the user's that matched no site.
 
     notes: what does not belong to one site. seconds: what calibration spent on each phase.
+    graphs: of `explain`, each before and after the passes.
     str() is a table; sites that differ only in their layer number share a row.
     """
 
@@ -57,6 +61,7 @@ class Report:
     unused_rules: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    graphs: list[GraphRecord] = field(default_factory=list)
 
     def add(
         self, name: str, kind: str, weight: Tensor, decision: Decision, measured: Measured | None = None
@@ -99,26 +104,44 @@ class Report:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+        """Plain data, for JSON: all but the graphs, which are long."""
+        return {name: value for name, value in asdict(replace(self, graphs=[])).items() if name != "graphs"}
+
+    def to_html(self, path: str | os.PathLike[str], title: str = "gptq_fx") -> None:
+        """Write one self-contained page: a table of the sites that can be sorted and filtered, and each graph
+        before and after the passes. Raises OSError where it cannot be written."""
+        from gptq_fx.page import page
+
+        Path(path).write_text(page(self, title), encoding="utf-8")
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture (.png, .svg, .pdf): error and bits of each quantized weight over the depth of the
+        model. Raises ConfigError without matplotlib (pip install gptq-fx[plot]), or with nothing to show."""
+        from gptq_fx.plot import plot
+
+        plot(self, path)
 
     def __str__(self) -> str:
         calibrated = any(s.loss is not None for s in self.sites)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("site", "kind", "shape", "scheme", "kernel"):
+        groups = _grouped(self.sites)
+        longest = max((len(name) for name, _ in groups), default=0)
+        table.add_column("site", overflow="fold", min_width=min(longest, 60))
+        for column in ("kind", "shape", "scheme", "kernel"):
             table.add_column(column, overflow="fold")
         for column in ("error", "bytes", "of dense", *(CALIBRATED if calibrated else ())):
             table.add_column(column, justify="right")
         table.add_column("why", overflow="fold")
-        for name, group in _grouped(self.sites):
+        for name, group in groups:
             *row, why = _row(name, group)
             table.add_row(*row, *(_calibration(group) if calibrated else ()), why)
         text = io.StringIO()
         Console(file=text, width=160, force_terminal=False).print(table)
         lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
-        return "\n".join([*lines, "", *self._summary()])
+        return "\n".join([*lines, "", *self.summary()])
 
-    def _summary(self) -> list[str]:
+    def summary(self) -> list[str]:
+        """What there is to say of all sites, line by line."""
         done = [s for s in self.sites if s.scheme is not None]
         dense, now = sum(s.dense_bytes for s in done), sum(s.bytes for s in done)
         ratio = f", {now / dense:.3f} of dense" if dense else ""

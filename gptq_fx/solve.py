@@ -14,6 +14,7 @@ from gptq_fx.grid import relative_error, round_to_nearest
 from gptq_fx.hessian import Hessian
 from gptq_fx.linear import Linear, Measured, Quantized
 from gptq_fx.phases import phase
+from gptq_fx.ranks import ALONE, Ranks
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
@@ -26,14 +27,19 @@ def together(N: int, K: int) -> int:
     return max(1, TOGETHER // (K * max(N, K)))
 
 
-def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings) -> None:
-    """Rows of W do not know of each other: weights of one input are quantized as one, and cut apart."""
+def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings, ranks: Ranks = ALONE) -> None:
+    """Rows of W do not know of each other: weights of one input are quantized as one, and cut apart.
+
+    Each of the ranks does some rows.
+    """
     start = time.perf_counter()
     device, scheme = hessian.matrix.device, linears[0].scheme
     assert scheme is not None
     with phase("transfer"):
         dense = [linear.dense.to(device) for linear in linears]
-    solved = gptq(torch.cat(dense), hessian, scheme, settings, dense[0].dtype)
+    rows = torch.cat(dense)
+    solved = gptq(rows[ranks.part(len(rows))], hessian, scheme, settings, dense[0].dtype)
+    solved = _joined(solved, ranks, len(rows))
     seconds = (time.perf_counter() - start) / len(linears)
     first = 0
     with phase("pack"):
@@ -49,11 +55,29 @@ def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings) -> No
             linear.quantized = Quantized(weight.to(linear.parameter.device), error, measured)
 
 
+def _joined(solved: Result, ranks: Ranks, rows: int) -> Result:
+    """The rows of all ranks, which agree on g_idx and damp."""
+    return replace(
+        solved,
+        codes=ranks.join(solved.codes, 1, rows),
+        scales=ranks.join(solved.scales, 1, rows),
+        zeros=None if solved.zeros is None else ranks.join(solved.zeros, 1, rows),
+        error=ranks.join(solved.error, 0, rows),
+        energy=ranks.join(solved.energy, 0, rows),
+    )
+
+
 def solve_experts(
-    linear: Linear, hessians: Sequence[Hessian], settings: Settings, *, least: int, share: bool
+    linear: Linear,
+    hessians: Sequence[Hessian],
+    settings: Settings,
+    ranks: Ranks = ALONE,
+    *,
+    least: int,
+    share: bool,
 ) -> None:
     """Each expert on the tokens that were routed to it; one that saw fewer than `least` is rounded
-    to nearest.
+    to nearest. Each of the ranks does some experts.
 
     share: each on the tokens of all. Every token comes as often as experts take it, so that the sum of
     their Hessians is that of all tokens, but for a factor.
@@ -70,22 +94,32 @@ def solve_experts(
     parts: dict[int, QuantizedWeight] = {
         e: round_to_nearest(linear.dense[e], replace(scheme, desc_act=False), linear.name) for e in starved
     }
-    error, energy, damp = 0.0, 0.0, 0.0
-    at_a_time = together(N, K)
-    for first in range(0, len(seen), at_a_time):
-        some = seen[first : first + at_a_time]
+    mine, at_a_time = seen[ranks.part(len(seen))], together(N, K)
+    stacks, measures = [], []
+    for first in range(0, len(mine), at_a_time):
+        some = mine[first : first + at_a_time]
         with phase("transfer"):
             W = torch.stack([linear.dense[e].to(device) for e in some])
         solved = _solve_stack(W, [hessians[e] for e in some], scheme, settings, share)
         with phase("pack"):
-            weight = QuantizedWeight.from_codes(
-                solved.codes, solved.scales, solved.zeros, scheme.bits, solved.g_idx
-            ).to(linear.parameter.device)
-            parts |= {e: weight.expert(i) for i, e in enumerate(some)}
-        counts = torch.tensor([float(hessians[e].tokens) for e in some], device=device)
-        error += float(solved.error.sum(1) @ counts)
-        energy += float(solved.energy.sum(1) @ counts)
-        damp = max(damp, solved.damp)
+            codes, scales, zeros = solved.codes, solved.scales, solved.zeros
+            stacks.append(QuantizedWeight.from_codes(codes, scales, zeros, scheme.bits, solved.g_idx))
+        losses = zip(solved.error.sum(1).tolist(), solved.energy.sum(1).tolist(), strict=True)
+        measures += [(*loss, solved.damp) for loss in losses]
+    error = energy = damp = 0.0
+    if seen:
+        tensors = [
+            None if t[0] is None else torch.cat(t) for t in zip(*(s.tensors for s in stacks), strict=True)
+        ]
+        joined = [None if t is None else ranks.join(t, 0, len(seen)) for t in tensors]
+        everyone = QuantizedWeight(scheme.bits, K, *joined)  # type: ignore[arg-type]
+        stacked = everyone.to(linear.parameter.device)
+        parts |= {e: stacked.expert(i) for i, e in enumerate(seen)}
+        measures = ranks.join_list(measures, len(seen))
+        counts = [hessians[e].tokens for e in seen]
+        error = sum(m[0] * t for m, t in zip(measures, counts, strict=True))
+        energy = sum(m[1] * t for m, t in zip(measures, counts, strict=True))
+        damp = max(m[2] for m in measures)
     with phase("pack"):
         stack = [_with_g_idx(parts[e]) if scheme.desc_act else parts[e] for e in range(E)]
         weight = QuantizedWeight.stack(stack)

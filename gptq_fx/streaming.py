@@ -118,6 +118,7 @@ class Mover:
         with phase("transfer"):
             for node in _computed(run):
                 run.env[node] = pytree.tree_map(fetch, run.env[node])
+            run.tokens = {node: (count, fetch(numbers)) for node, (count, numbers) in run.tokens.items()}
         inputs = [v for v in run.inputs.values() if not isinstance(v, nn.Parameter)]
         size = _nbytes([*_tensors(inputs), *_tensors(run.env[n] for n in _computed(run)), *beside])
         self.beside, self.counting = beside, size > self._largest
@@ -140,6 +141,7 @@ class Mover:
         with phase("transfer"):
             for node in _computed(run):
                 run.env[node] = pytree.tree_map_only(Tensor, put, run.env[node])
+            run.tokens = {node: (count, put(numbers)) for node, (count, numbers) in run.tokens.items()}  # type: ignore[misc]
 
     def count(self, env: dict[fx.Node, Any]) -> None:
         """What is on the device once a node has run. Raise OutOfMemoryError if that is more than allowed.

@@ -17,10 +17,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import fx
 
+from gptq_fx.errors import ConfigError, unknown
+from gptq_fx.passes import dump
 from gptq_fx.passes.attention import attention
 from gptq_fx.passes.choose import choose
 from gptq_fx.passes.fuse import fuse
@@ -35,18 +37,26 @@ Pass = Callable[[fx.GraphModule, Plan], int]
 
 PIPELINE: tuple[Pass, ...] = (match, choose, swap, reorder, fuse, attention, lower)
 
-OPTIONAL: tuple[Pass, ...] = (fuse, attention)
+# Passes that need not run, so that a wrong one can be found. Without `swap` nothing is replaced; without
+# `reorder`, `choose` takes kernels that know act-order; without `lower`, all runs on the canonical tensors.
+SKIPPABLE = tuple(step.__name__ for step in (swap, reorder, fuse, attention, lower))
 
 log = logging.getLogger(__name__)
 _timings: dict[str, float] = {}
 
 
 def run(gm: fx.GraphModule, plan: Plan, passes: Sequence[Pass] = PIPELINE) -> None:
-    """Rewrite the graph in place. GPTQ_FX_SKIP=fuse,attention turns passes off (only these can be)."""
-    skipped = os.environ.get("GPTQ_FX_SKIP", "").split(",")
+    """Rewrite the graph in place, with a file for each stage where plan.dump or GPTQ_FX_DUMP names a folder.
+
+    Passes in plan.skip or in GPTQ_FX_SKIP=fuse,attention do not run. Raises ConfigError on a wrong name.
+    """
+    plan.skip |= checked_skip(filter(None, os.environ.get("GPTQ_FX_SKIP", "").replace(" ", "").split(",")))
+    write = dump.Dump(plan.dump or os.environ.get(dump.VARIABLE))
+    write("before", gm, plan)
     for step in passes:
         name = step.__name__
-        if name in skipped and step in OPTIONAL:
+        if name in plan.skip:
+            log.info("%s: skipped", name)
             continue
         start = time.perf_counter()
         changes = step(gm, plan)
@@ -55,7 +65,20 @@ def run(gm: fx.GraphModule, plan: Plan, passes: Sequence[Pass] = PIPELINE) -> No
         log.info("%s: %d changes", name, changes)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("after %s:\n%s", name, gm.graph)
+        write(name, gm, plan)
     gm.recompile()
+
+
+def checked_skip(names: Iterable[str]) -> frozenset[str]:
+    """The names of passes, all of which can be skipped. Raises ConfigError."""
+    given = frozenset(names)
+    for name in sorted(given - set(SKIPPABLE)):
+        if name not in {step.__name__ for step in PIPELINE}:
+            raise unknown("pass", name, SKIPPABLE)
+        raise ConfigError(
+            f"pass {name!r} cannot be skipped: all others need what it finds. Legal: {', '.join(SKIPPABLE)}"
+        )
+    return given
 
 
 def timings() -> dict[str, float]:
@@ -67,4 +90,4 @@ def reset_timings() -> None:
     _timings.clear()
 
 
-__all__ = ["PIPELINE", "Pass", "Plan", "reset_timings", "run", "timings"]
+__all__ = ["PIPELINE", "SKIPPABLE", "Pass", "Plan", "checked_skip", "reset_timings", "run", "timings"]

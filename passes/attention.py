@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from gptq_fx import spelling
 from gptq_fx.kernels.attention import grouped_queries_pay
 from gptq_fx.passes.plan import Plan
+from gptq_fx.passes.rewrites import allowed
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
 
@@ -33,6 +34,8 @@ def _rewrite(gm: fx.GraphModule, node: fx.Node) -> bool:
     repeated = operands["key"], operands["value"]
     plain = [_before_repeat(r) for r in repeated]
     if plain[0] is None or plain[1] is None or _shape(plain[0])[1] != _shape(plain[1])[1]:
+        return False
+    if not allowed("attention", str(node)):
         return False
     node.args = (operands["query"], *plain, *node.args[3:])
     kept = {name: value for name, value in node.kwargs.items() if name not in ("query", "key", "value")}

@@ -11,12 +11,14 @@ the inputs of all; the ones before it run dense.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from gptq_fx.parameter import QuantizedParameter
+from gptq_fx.passes.experts import CASTS, moves_to
 from gptq_fx.passes.match import call_name, read
 from gptq_fx.passes.plan import Plan, Site
 from gptq_fx.passes.writes import writes_before
@@ -45,7 +47,8 @@ class Run:
     """A batch on its way through a graph.
 
     index: number of the batch. inputs: the values of the placeholders. env: the values that nodes from
-    `place` on need.
+    `place` on need. tokens: by what tells the experts of rows, how many tokens there are, and which of them
+    each row is (int32 [S]), where that is known.
     """
 
     graph: StagedGraph
@@ -53,6 +56,7 @@ class Run:
     inputs: dict[fx.Node, Any]
     env: dict[fx.Node, Any]
     place: int = 0
+    tokens: dict[fx.Node, tuple[int, Tensor]] = field(default_factory=dict)
 
     def again(self) -> Run:
         """The same batch, at the start."""
@@ -99,6 +103,7 @@ class StagedGraph:
         self.nodes = [n for n in nodes if n.op not in ("placeholder", "output")]
         self.output = next(n for n in nodes if n.op == "output")
         self.position = {node: i for i, node in enumerate(self.nodes)}
+        self.moves = _moves(plan.sites)
         self.dead_after = _dead_after(self.nodes, self.output)
         self.interpreter = fx.Interpreter(gm)
         self._descendants: dict[tuple[fx.Node, ...], frozenset[fx.Node]] = {}
@@ -114,7 +119,7 @@ class StagedGraph:
         if run.place == 0:
             self._see(run, 0, tap)
         while run.place < stop:
-            self._run_node(run.env, self.nodes[run.place], weight_of)
+            self._run_node(run, self.nodes[run.place], weight_of)
             run.place += 1
             self._see(run, run.place, tap)
         if until is not None:
@@ -137,7 +142,8 @@ class StagedGraph:
             stage, x = seen
             tap(run, stage, x)
 
-    def _run_node(self, env: dict[fx.Node, Any], node: fx.Node, weight_of: WeightOf) -> None:
+    def _run_node(self, run: Run, node: fx.Node, weight_of: WeightOf) -> None:
+        env = run.env
         weight = self.weight_read_at.get(node)
         taken = {n: env[n] for n in node.all_input_nodes}
         if weight is not None:
@@ -150,8 +156,44 @@ class StagedGraph:
         env[node] = self.interpreter.run_node(node)
         if self.count is not None:
             self.count(env)
+        if node in self.moves:
+            self._number(run, node, taken)
         for gone in self.dead_after.get(node, ()):
             del env[gone]
+            run.tokens.pop(gone, None)
+
+    def _number(self, run: Run, node: fx.Node, taken: dict[fx.Node, Any]) -> None:
+        """Do to the numbers of tokens what a call does to tokens; taken: what it was called with."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        x = taken[source]
+        if source in run.tokens:
+            count, numbers = run.tokens[source]
+        else:
+            count = x.shape[:-1].numel()
+            numbers = torch.arange(count, dtype=torch.int32, device=x.device)
+            numbers = numbers.view(*x.shape[:-1], 1).expand_as(x)
+        if call_name(node) not in CASTS:
+            self.interpreter.env = {**taken, source: numbers}
+            numbers = self.interpreter.run_node(node)
+        run.tokens[node] = count, numbers
+        for which in self.moves[node]:
+            run.tokens[which] = count, numbers.flatten(1)[:, 0].contiguous()
+
+
+def _moves(sites: Iterable[Site]) -> dict[fx.Node, list[fx.Node]]:
+    """The calls that make rows of experts out of tokens; for the last of them, what tells those experts."""
+    moves: dict[fx.Node, list[fx.Node]] = {}
+    known: set[fx.Node] = set()
+    for call in (site.experts for site in sites):
+        if call is not None and call.which is not None and call.which not in known:
+            known.add(call.which)
+            path = moves_to(call.x)
+            for node in path:
+                moves.setdefault(node, [])
+            if path:
+                moves[path[-1]].append(call.which)
+    return moves
 
 
 def _agreeing(plan: Plan, wanted: Wanted) -> dict[fx.Node, list[Site]]:

@@ -58,6 +58,8 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in old_to_new.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+            # It holds weak references to parameters, which torch then cannot swap when a model is moved.
+            new.meta.pop("grapharg", None)
     copied = fx.GraphModule(gm, graph)
     copied.meta = dict(gm.meta)
     sources = getattr(gm, "_param_name_to_source", None)

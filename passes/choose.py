@@ -22,6 +22,6 @@ def choose(gm: fx.GraphModule, plan: Plan) -> int:
             kernel=plan.kernel,
             transposed=site.transposed,
             explicit=plan.explicit,
-            sortable=not site.in_block,
+            sortable=not site.in_block and "reorder" not in plan.skip,
         )
     return sum(site.decision is not None and site.decision.scheme is not None for site in plan.sites)

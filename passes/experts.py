@@ -159,14 +159,34 @@ def insert_block(
     return gm.graph.call_function(block.experts, (*arguments, reference.name, reference.name))
 
 
-def expert_rows(call: ExpertsCall, experts: int, value: Callable[[fx.Node], Any]) -> list[torch.Tensor]:
-    """The inputs [rows, K] of each expert; `value` gives what a node of the graph has just now."""
-    x = value(call.x)
-    if call.form == "stacked":
+# --- whose rows they are
+
+# Calls whose result has the rows of their first argument, in other places or more than once.
+MOVES = {*GETITEM, "index_select", "repeat", "repeat_interleave"}
+STAYS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "contiguous"}
+CASTS = {"to", "type_as", "float", "half", "bfloat16"}
+
+
+def moves_to(x: fx.Node) -> list[fx.Node]:
+    """The calls, in order, that make rows of experts x out of tokens; none where x is no such thing."""
+    path: list[fx.Node] = []
+    while _name(x) in MOVES | STAYS | CASTS and isinstance(x.args[0], fx.Node):
+        path.append(x)
+        x = x.args[0]
+    moves = [n for n in path if _name(n) in MOVES]
+    picks = all(isinstance(n.args[1], fx.Node) for n in moves if n.target in GETITEM)
+    return path[::-1] if moves and picks else []
+
+
+def _name(node: fx.Node) -> Any:
+    return node.target if node.target in GETITEM else spelling.call_name(node.target)
+
+
+def expert_rows(form: str, experts: int, x: torch.Tensor, which: torch.Tensor | None) -> list[torch.Tensor]:
+    """The inputs [rows, K] of each expert, of those x of a call of that form; `which` as the call has it."""
+    if which is None:
         return list(x)
-    assert call.which is not None
-    which = value(call.which)
-    if call.form == "grouped":
+    if form == "grouped":
         ends = which.tolist()
         return [x[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     rows = x.flatten(1)

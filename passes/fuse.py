@@ -12,6 +12,7 @@ from gptq_fx import ops
 from gptq_fx.kernels import get_kernel
 from gptq_fx.packed import can_merge, merged_spec
 from gptq_fx.passes.plan import Operand, Plan
+from gptq_fx.passes.rewrites import allowed
 from gptq_fx.passes.swap import canonical_examples
 from gptq_fx.passes.writes import writes_before
 
@@ -32,7 +33,8 @@ def fuse(gm: fx.GraphModule, plan: Plan) -> int:
         # What is written in place between two of them might be their input, or a view of it.
         same = (operand.node.args[0], spec, site.decision.kernel, writes[operand.node])
         groups.setdefault(same, []).append(operand)
-    fused = [group for group in groups.values() if _mergeable(group, plan)]
+    mergeable = [group for group in groups.values() if _mergeable(group, plan)]
+    fused = [group for group in mergeable if allowed("fuse", ", ".join(o.sites[0].name for o in group))]
     merged = [_fuse(gm, plan, group) for group in fused]
     gone = {id(operand) for group in fused for operand in group}
     plan.operands = [o for o in plan.operands if id(o) not in gone] + merged

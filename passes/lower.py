@@ -9,6 +9,7 @@ from torch import fx
 from gptq_fx.kernels import LinearSpec, block, get_kernel, grouped
 from gptq_fx.packed import merged_spec
 from gptq_fx.passes.plan import Operand, Plan
+from gptq_fx.passes.rewrites import allowed
 from gptq_fx.progress import progress
 
 
@@ -21,15 +22,23 @@ def lower(gm: fx.GraphModule, plan: Plan) -> int:
     """
     blocks: dict[fx.Node, list[LinearSpec]] = {}
     _prepare(plan)
+    count = 0
     for operand in progress(plan.operands, "packing weights"):
+        names = ", ".join(site.name for site in operand.sites)
+        decision = operand.sites[0].decision
+        assert decision is not None and decision.kernel is not None
+        if not allowed("lower", f"{names} by {decision.kernel.name}"):
+            break
         target = operand.node.target
         spec = _lower(gm, plan, operand)
         if target is block.experts:
             blocks.setdefault(operand.node, []).append(spec)
-    for node, (gate_up, down) in blocks.items():
-        *args, first, second = node.args
-        node.target, node.args = block.call((str(first), str(second)), args, gate_up, down)
-    return len(plan.operands)
+        count += 1
+    for node, specs in blocks.items():
+        if len(specs) == 2:  # one, where the rewrites end between the stacks: then each has its own kernel
+            *args, first, second = node.args
+            node.target, node.args = block.call((str(first), str(second)), args, *specs)
+    return count
 
 
 def _prepare(plan: Plan) -> None:

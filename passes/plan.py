@@ -16,7 +16,7 @@ from gptq_fx.errors import SchemeMismatchError
 from gptq_fx.kernels import Kernel, LinearSpec
 from gptq_fx.lazy import quantized
 from gptq_fx.names import full_path
-from gptq_fx.packed import PackedWeight, merge
+from gptq_fx.packed import Pack, PackedWeight, merge
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Scheme
 
@@ -96,17 +96,15 @@ class Operand:
         fx.node.map_arg(self.node.args, arguments.append)
         return [a for a in arguments if a in self.inputs]
 
-    def packed(self, weights: Sequence[Tensor]) -> PackedWeight:
+    def packed(self, weights: Sequence[Tensor]) -> Pack:
         """The pack of these weights in the layout of the kernel, made now if need be.
 
         Every call of the compiled graph comes here for every operand, so that each line counts.
         """
         if len(weights) > 1:
-            return merge([s.quantized(w) for s, w in zip(self.sites, weights, strict=True)], self.kernel)
-        part = self.sites[0].quantized(weights[0])
-        if part.kernel is not self.kernel or part.sorted is not self.sorted:
-            part.lower(self.kernel, self.sorted)
-        return part
+            parts = [s.quantized(w) for s, w in zip(self.sites, weights, strict=True)]
+            return merge(parts, self.kernel).pack
+        return self.sites[0].quantized(weights[0]).lower(self.kernel, self.sorted)
 
     def tensors(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """What the graph takes for its inputs."""
@@ -147,6 +145,7 @@ class Plan:
     values: the real input of each placeholder that the tracer made.
     names: placeholder -> the paths of its parameter.
     explicit: the user gave options (they then apply to weights that `quantize` left dense).
+    skip: names of passes that do not run. dump: a folder to write the stages of the graph to, or None.
     """
 
     config: GPTQConfig
@@ -154,6 +153,8 @@ class Plan:
     values: dict[fx.Node, Any]
     names: Callable[[fx.Node], tuple[str, ...]]
     explicit: bool = False
+    skip: frozenset[str] = frozenset()
+    dump: str | None = None
     sites: list[Site] = field(default_factory=list)
     operands: list[Operand] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)

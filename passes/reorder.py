@@ -14,6 +14,7 @@ from gptq_fx import ops
 from gptq_fx.kernels import grouped
 from gptq_fx.order import gather_grouped, gather_indexed
 from gptq_fx.passes.plan import Operand, Order, Plan
+from gptq_fx.passes.rewrites import allowed
 from gptq_fx.passes.writes import writes_before
 
 
@@ -29,6 +30,8 @@ def reorder(gm: fx.GraphModule, plan: Plan) -> int:
     found = [o for o in plan.operands if o.sites[0].decision is not None and o.sites[0].decision.sorted]
     for operand in found:
         (site,) = operand.sites
+        if not allowed("reorder", site.name):
+            break
         tensor = site.quantized(plan.tensor(site.weight)).order
         assert tensor is not None
         x, which = operand.node.args[0], _which(operand.node)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from torch import Tensor, nn
 
 import gptq_fx
@@ -252,8 +255,8 @@ EXPERTS = {
 
 def _spread(model: nn.Module) -> nn.Module:
     """Biases and norms as unlike their initial zeros and ones as those of a trained model."""
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("_bias"):
             parameter.data.add_(0.05 * torch.randn_like(parameter))
         elif parameter.ndim == 3:  # stacks of experts start as uninitialised memory
             parameter.data.normal_(0, 0.05)
@@ -262,6 +265,22 @@ def _spread(model: nn.Module) -> nn.Module:
 
 def llama(layers: int = 2, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
     return MODELS["llama"].build(dtype, num_hidden_layers=layers, **overrides)
+
+
+def byte_checkpoint(folder: Path) -> Path:
+    """A folder with a tiny llama and a tokenizer that knows bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
+    bytes_only = Tokenizer(BPE(vocabulary, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    tokenizer.save_pretrained(folder)
+    model = llama(1, torch.bfloat16, vocab_size=len(vocabulary), max_position_embeddings=512)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return folder
 
 
 HEADS = {"lm_head", "embed_out", "proj_out"}

@@ -54,6 +54,14 @@ def test_quantize_writes_a_checkpoint_with_its_tokenizer(checkpoint: Path) -> No
     gptq_fx.from_pretrained(checkpoint)
 
 
+def test_explain_writes_a_page_with_the_graphs(dense: Path, tmp_path: Path) -> None:
+    result = run("explain", dense, "--group-size", 32, "--html", tmp_path / "report.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "model.layers.0.mlp.up_proj" in page
+
+
 def test_quantize_with_calibration(dense: Path, tmp_path: Path) -> None:
     options = (
         "--group-size",

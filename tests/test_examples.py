@@ -8,29 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from models import llama
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from models import byte_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A folder with a tiny llama and a tokenizer that knows bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
-    bytes_only = Tokenizer(models.BPE(vocabulary, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
-    tokenizer.save_pretrained(tmp_path)
-    model = llama(1, torch.bfloat16, vocab_size=len(vocabulary), max_position_embeddings=512)
-    model.save_pretrained(tmp_path)  # type: ignore[operator]
-    return tmp_path
+    return byte_checkpoint(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +69,9 @@ def test_every_example_shows_its_help(
         module.main()
     assert stopped.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+def test_picture(checkpoint: Path) -> None:
+    out = checkpoint / "graph.svg"
+    importlib.import_module("picture").main(["--model", str(checkpoint), "--out", str(out)])
+    assert {"q", "k", "v", "down"} <= set(re.findall(r">([a-z]+)</text>", out.read_text()))

@@ -476,6 +476,49 @@ def test_each_expert_is_calibrated_on_its_own_tokens(route_all: bool) -> None:
     assert site.tokens == 2 * 3 * 4 * 24
 
 
+class Picks(nn.Module):
+    """Each token picks two experts by their weights, as batched forms do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, 48, 32))
+        self.down = nn.Parameter(torch.randn(4, 32, 48))
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        ids = x[..., :4].topk(2).indices.reshape(-1)
+        rows = x.reshape(-1, 32).repeat_interleave(2, 0)
+        hidden = torch.bmm(self.up[ids], rows.unsqueeze(-1)).relu()
+        return torch.bmm(self.down[ids], hidden).view(*x.shape[:-1], 2, 32).sum(-2)
+
+
+def _padded(batch: dict[str, Tensor], filler: int) -> dict[str, Tensor]:
+    """Six positions more on the right, which the mask leaves out."""
+    ((name, x),) = batch.items()
+    more = torch.full_like(x[:, :1], filler).repeat_interleave(6, 1)
+    mask = torch.ones(x.shape[:2], dtype=torch.int64)
+    return {name: torch.cat([x, more], 1), "attention_mask": nn.functional.pad(mask, (0, 6))}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4", "picks"])
+@pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "at once"])
+def test_experts_are_calibrated_without_padding(name: str, sequential: bool) -> None:
+    if name == "picks":
+        short: nn.Module = Picks()
+        batches: list[dict[str, Tensor]] = [{"x": torch.randn(2, 24, 32)} for _ in range(3)]
+    else:
+        short, batches = build(name), data()
+    padded = copy.deepcopy(short)
+    config = {"gptaq": 0.0, "sequential": sequential, "group_size": 16}
+    found = quantize(short, batches, **config)
+    report = quantize(padded, [_padded(batch, 3) for batch in batches], **config)
+    assert stacks(found) and all(site.tokens for site in stacks(found))
+    assert [(s.name, s.tokens) for s in stacks(report)] == [(s.name, s.tokens) for s in stacks(found)]
+    for a, b in zip(short.parameters(), padded.parameters(), strict=True):
+        if isinstance(a, QuantizedParameter) and isinstance(b, QuantizedParameter):
+            same = a.quantized_weight().codes() == b.quantized_weight().codes()
+            assert same.float().mean() > 0.99
+
+
 def test_experts_that_saw_too_little_are_rounded_and_named() -> None:
     dense, model, batches = build("mixtral"), build("mixtral"), data()
     least = 150  # a little above a quarter of the 576 that are routed

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerances import LINEAR, relative_error
 
-from gptq_fx import QuantizedWeight, Scheme
+from gptq_fx import QuantizedWeight, Scheme, ops
 from gptq_fx.experts import quantized_experts
 from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
 from gptq_fx.kernels import LinearSpec, block, grouped, kernels
@@ -240,6 +240,20 @@ def test_linear_follows_g_idx():
 
 def test_linear_gives_the_dtype_of_x():
     assert linear(torch.randn(3, K).bfloat16(), *make().tensors, None, 4).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slow", [True, False])
+def test_linear_in_the_dtype_of_x_and_in_fp32_where_that_is_slow(monkeypatch, slow, dtype):
+    monkeypatch.setattr(ops, "_SLOW_ON_CPU", {dtype} if slow else set())
+    weight = make(sym=False, dtype=dtype)
+    x, bias = torch.randn(5, K, dtype=dtype), torch.randn(N, dtype=dtype)
+    y = linear(x, *weight.tensors, bias, 4)
+    expected = x.double() @ weight.dequantize(torch.float64).T + bias.double()
+    assert y.dtype == dtype
+    assert relative_error(y, expected) <= LINEAR[dtype]
+    assert ops.product_dtype(x.device.type, dtype) == (torch.float32 if slow else dtype)
+    assert ops.product_dtype("meta", dtype) == dtype
 
 
 def test_linear_has_a_gradient_for_x():

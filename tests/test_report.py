@@ -94,6 +94,11 @@ def test_layers_that_differ_only_in_their_number_share_a_row():
     assert rows(Report([*layers(0, 2), *layers(1, reason="other")])) == ["layers.{0,2}.up", "layers.1.up"]
 
 
+def test_a_long_reason_does_not_break_names() -> None:
+    names = ["model.language_model.layers.0.self_attn.q_proj", "lm_head"]
+    assert rows(Report([record(names[0], scheme=Scheme()), record(names[1], reason="why " * 40)])) == names
+
+
 def test_a_shared_row_shows_the_largest_error_and_all_bytes():
     text = str(Report([*layers(0, error=0.1), *layers(1, error=0.3)]))
     assert "0.3000" in text

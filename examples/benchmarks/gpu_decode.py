@@ -77,6 +77,7 @@ def synchronize() -> None:
 
 
 def free() -> None:
+    torch.compiler.reset()  # CUDA graphs hold memory as long as their code lives
     gc.collect()
     if on_gpu():
         torch.cuda.empty_cache()

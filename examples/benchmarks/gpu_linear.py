@@ -85,16 +85,19 @@ def measure(shape: str, rows: list[int], args) -> list[list[str]]:
 
 def tune(shape: str, rows: list[int], args) -> list[list[str]]:
     """The Triton kernels' algorithms, each with several tiles."""
-    from gptq_fx.kernels import triton_launch as launch
-    from gptq_fx.kernels.triton import pack
+    from gptq_fx.kernels.triton.gemv import gemv
+    from gptq_fx.kernels.triton.layout import pack
+    from gptq_fx.kernels.triton.matmul import matmul
+    from gptq_fx.kernels.triton.spelled_out import spelled_out
+    from gptq_fx.kernels.triton.weight import Packed, Tile
 
     N, K = SHAPES[shape]
     spec = LinearSpec(K, N, Scheme(args.bits, args.group_size, not args.asym), torch.bfloat16, DEVICE)
     made = clones(pack(random_weight(N, K, spec.scheme, spec.dtype), spec), copies(N * K * args.bits // 8))
-    packs = [launch.Packed.of(t, args.bits) for t in made]
-    tiles = [launch.Tile(BN=n, BB=8, warps=w) for n, w in ((16, 8), (32, 8), (64, 8), (8, 4), (16, 4))]
-    ways: list[tuple[str, int, Callable[[Tensor, launch.Packed], Tensor]]] = [
-        (f"gemv {t.BN} w{t.warps}", 4, lambda x, p, t=t: launch.gemv(x, p, None, t)) for t in tiles
+    packs = [Packed.of(t, args.bits) for t in made]
+    tiles = [Tile(BN=n, BB=8, warps=w) for n, w in ((16, 8), (32, 8), (64, 8), (8, 4), (16, 4))]
+    ways: list[tuple[str, int, Callable[[Tensor, Packed], Tensor]]] = [
+        (f"gemv {t.BN} w{t.warps}", 4, lambda x, p, t=t: gemv(x, p, None, t)) for t in tiles
     ]
     for BM, BN, warps, stages in itertools.chain(
         ((16, 64, 4, s) for s in (3, 4, 6)),
@@ -102,10 +105,10 @@ def tune(shape: str, rows: list[int], args) -> list[list[str]]:
         ((64, 128, 8, 4), (128, 128, 8, 3), (128, 64, 4, 4), (256, 64, 8, 3), (256, 64, 4, 3)),
     ):
         for parts in (1, 2, 4, 8):
-            tile = launch.Tile(BN=BN, BM=BM, warps=warps, stages=stages)
+            tile = Tile(BN=BN, BM=BM, warps=warps, stages=stages)
             label = f"matmul {BM}x{BN} w{warps} s{stages} /{parts}"
-            ways.append((label, 8 * BM, lambda x, p, t=tile, n=parts: launch.matmul(x, p, None, t, n)))
-    ways.append(("spelled out", 10**9, lambda x, p: launch.spelled_out(x, p, None)))
+            ways.append((label, 8 * BM, lambda x, p, t=tile, n=parts: matmul(x, p, None, t, n)))
+    ways.append(("spelled out", 10**9, lambda x, p: spelled_out(x, p, None)))
     lines = []
     for M in rows:
         x = torch.randn(M, K, device=DEVICE, dtype=spec.dtype)

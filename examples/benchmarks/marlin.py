@@ -8,17 +8,15 @@ its replays, divided by the copies. Error: ||y - x W^T|| / ||x W^T|| against fp3
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 
+import gpu_op
 import table
 from gptq_fx import QuantizedWeight, Scheme
 from gptq_fx.kernels import LinearSpec
@@ -99,58 +97,17 @@ def int4pack(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> tuple[Call
     return lambda n: torch.ops.aten._weight_int4pack_mm(x, packs[n][0], 128, packs[n][1]), len(packs)
 
 
-@functools.lru_cache(maxsize=1)
-def _humming_layer(N: int, K: int) -> Any:
-    """(layer, its kernels for all ROWS), or None where humming is not installed."""
-    try:
-        from humming.kernel.humming import HummingKernel
-        from humming.layer import HummingLayer
-        from humming.tune import get_heuristics_config
-    except ImportError:
-        return None
-    grid = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
-    layer = HummingLayer(shape_n=N, shape_k=K, weight_config=grid, torch_dtype=torch.bfloat16).cuda()
-    kind = {"gemm_type": "dense", "use_f16_accum": False, "use_batch_invariant": False}
-    chosen = []
-    for below, M in itertools.pairwise((0, *ROWS)):
-        config = get_heuristics_config(layer.humming_config, shape_m=M, gemm_type="dense")
-        chosen.append((below, M, dict(config)))
-    kernels = HummingKernel.prepare_kernels(layer.humming_config.to_str(), json.dumps(kind), chosen)
-    return layer, kernels
-
-
-_transformed: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-
-
 def humming(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> tuple[Call, int] | None:
-    N, K = spec.out_features, spec.in_features
-    found = _humming_layer(N, K)
-    if found is None:
-        return None
-    from humming.ops import launch_kernel
-
-    layer, kernels = found
-    if (N, K) not in _transformed:
-        layer.load_state_dict({"qweight": weight.qweight, "scales": weight.scales}, strict=False)
-        layer.transform()
-        count = copies_of(weight.qweight.numel() * 4)
-        pair = layer.weight.data, layer.weight_scale.data
-        _transformed.clear()
-        _transformed[N, K] = [(pair[0].clone(), pair[1].clone()) for _ in range(count)]
-    packs = _transformed[N, K]
-    out = torch.empty(x.shape[0], N, dtype=x.dtype, device="cuda")
+    """The library called directly, with its own choice for so many rows."""
+    configs, _ = gpu_op.directly(spec, x.shape[0])
+    packs = gpu_op.copies(gpu_op.humming.pack(weight, spec))
+    out = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype, device="cuda")
+    locks = torch.zeros(8192, dtype=torch.int32, device="cuda")
+    launch_kernel = gpu_op.humming_library.launcher()
 
     def call(n: int) -> Tensor:
-        launch_kernel(
-            configs=kernels,
-            inputs=x,
-            weight=packs[n][0],
-            weight_scale=packs[n][1],
-            weight_scale_2=getattr(layer, "weight_scale_2", None),
-            zero_point=getattr(layer, "zero_point", None),
-            outputs=out,
-            locks=layer.locks,
-        )
+        rest = [None] * 5
+        launch_kernel(configs, x, *packs[n][:2], *rest, out, None, None, None, None, locks, 1, 0)  # type: ignore[misc]
         return out
 
     return call, len(packs)

@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory and occupancy of each variant of the Marlin GEMM. Needs NVRTC, no GPU.
+"""Registers, spills, shared memory and occupancy of each variant of the Marlin kernels. Needs NVRTC, no GPU.
 
 python examples/benchmarks/marlin_report.py --arch sm_90a > results/marlin_report.md
 """
@@ -27,11 +27,18 @@ COLUMNS = (
 )
 
 
-def row(variant: variants.Variant, arch: str) -> tuple[str, int]:
+def row(variant: variants.Variant | variants.WideVariant, arch: str) -> tuple[str, int]:
     """One line of the table, and the bytes of spills."""
     per_multiprocessor, per_block, warps = MACHINES[arch]
-    stages, blocks = variant.fit(per_multiprocessor * 1024, per_block * 1024)
-    log = nvrtc.resources(variant.source(stages, blocks), arch, "marlin_gemm")
+    sizes = per_multiprocessor * 1024, per_block * 1024
+    if isinstance(variant, variants.WideVariant):
+        stages, kind, cut = variant.fit(*sizes), "wgmma", f"8, k{variant.tile.k_tiles}"
+        log = nvrtc.resources(variant.source(stages), arch, "marlin_wide")
+    else:
+        stages, blocks = variant.fit(*sizes)
+        log = nvrtc.resources(variant.source(stages, blocks), arch, "marlin_gemm")
+        kind = "act-order" if variant.perm else "mma"
+        cut = f"{variant.tile.warps_n}x{variant.tile.warps_k}"
     used = re.search(r"Used (\d+) registers", log)
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert used and spilled, log
@@ -46,7 +53,7 @@ def row(variant: variants.Variant, arch: str) -> tuple[str, int]:
     occupancy = resident * threads / (warps * 32)
     tile = variant.tile
     group = variant.group_tiles * 16 or "channel"
-    kind = "+".join(["moe"] * variant.moe + ["act-order"] * variant.perm) or "dense"
+    kind += "+moe" * variant.moe
     cells = [
         variant.bits,
         "bf16" if variant.bf16 else "fp16",
@@ -54,7 +61,7 @@ def row(variant: variants.Variant, arch: str) -> tuple[str, int]:
         "asym" if variant.asym else "sym",
         kind,
         tile.tokens,
-        f"{tile.warps_n}x{tile.warps_k}",
+        cut,
         stages,
         registers,
         spills,
@@ -78,7 +85,10 @@ def main() -> None:
     print(line(COLUMNS))
     print(line(["---"] * len(COLUMNS)))
     total = 0
-    for variant in variants.every():
+    every: list[variants.Variant | variants.WideVariant] = list(variants.every())
+    if args.arch == "sm_90a":
+        every += variants.every_wide()
+    for variant in every:
         if args.all or (variant.bf16 and variant.group_tiles == 8):
             text, spills = row(variant, args.arch)
             total += spills

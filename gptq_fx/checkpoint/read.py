@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from gptq_fx.checkpoint.tensors import modules_of, read_module
 from gptq_fx.errors import CheckpointError
 from gptq_fx.experts import install
 from gptq_fx.packed import PackedWeight
+from gptq_fx.parallel import distribute, part_of, run_local
 from gptq_fx.parameter import QuantizedParameter, as_parameter
+from gptq_fx.shard import cut
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ def from_pretrained(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    distributed_config: Any = None,
 ) -> Any:
     """Load a GPTQ checkpoint: a model of transformers with QuantizedParameters, in eval mode.
 
@@ -35,6 +39,8 @@ def from_pretrained(
         safetensors.
     device: where the weights go; None leaves them on the CPU, mapped from the files.
     dtype: of activations, scales and dense weights; None takes that of config.json, or of the scales.
+    distributed_config: for a call on every rank of a process group: a DistributedConfig of transformers,
+        or a dict such as {"tp_size": 2}, by which the ranks share the model. Each reads its own part.
 
     The dense weight of a quantized module is never allocated. Raises CheckpointError, naming file and
     tensor, on anything that is damaged, missing, left over or contradicts itself; pickled weights and
@@ -51,6 +57,9 @@ def from_pretrained(
         )
     model, places, dense = _plan(folder, files, settings, modules, dtype)
     chosen = model.config.dtype
+    if distributed_config is not None:
+        model = distribute(model, distributed_config)
+        places = [_shared(model, place) for place in places]
     where = torch.device(device or "cpu")
     skeleton.check_buffers(model, files.nbytes)
     made = {place.target: make_parameter(place, files, settings, where) for place in places}
@@ -62,6 +71,16 @@ def from_pretrained(
     model.requires_grad_(False)
     _generation_config(model, folder)
     return model
+
+
+def _shared(model: Any, place: Place) -> Place:
+    """The place with what this rank takes of it."""
+    owner, _, leaf = place.target.rpartition(".")
+    module = model.get_submodule(owner)
+    share = part_of(getattr(module, leaf), place.transposed, place.target)
+    if share is not None:
+        run_local(module)
+    return replace(place, share=share)
 
 
 def check_names(folder: Path, files: TensorFiles, settings: CheckpointSettings) -> None:
@@ -253,6 +272,8 @@ def make_parameter(
     else:
         (module,) = place.modules
         weight, scheme = read_module(files, settings, module, place.in_features, place.out_features)
+        if place.share is not None:
+            weight, scheme = cut(weight, scheme, place.share)
     packed = PackedWeight(weight.to(device, place.dtype), scheme, None)
     return as_parameter(QuantizedParameter(packed, place.target.removesuffix(".weight"), place.transposed))
 

@@ -119,6 +119,7 @@ def load_dense(
 
     load = LoadStateDictConfig(
         device_map={"": device},
+        device_mesh=getattr(model, "_device_mesh", None),
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=Names(model).transforms,
@@ -201,12 +202,12 @@ def parts(
     transformers' table tells it of a stack whose rows are numbered through. Raises CheckpointError where
     checkpoints do not keep one matrix, of some rows in a run, for each expert.
     """
-    numbered = torch.arange(experts * rows).view(experts, rows, 1)
+    numbered = torch.arange(experts * rows, device="cpu").view(experts, rows, 1)
     shown = checkpoint_names(model, {name: numbered.mT if transposed else numbered})
     found = {}
     for module, part in shown.items():
         first = int(part.flatten()[0])
-        run = torch.arange(first, first + part.numel())
+        run = torch.arange(first, first + part.numel(), device="cpu")
         whole = part.ndim == 2 and first // rows == int(run[-1]) // rows
         if not whole or not torch.equal(part.flatten(), run):
             raise CheckpointError(

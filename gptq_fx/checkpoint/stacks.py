@@ -12,6 +12,7 @@ from gptq_fx.checkpoint.settings import CheckpointSettings
 from gptq_fx.checkpoint.tensors import read_module
 from gptq_fx.errors import CheckpointError
 from gptq_fx.scheme import Scheme
+from gptq_fx.shard import Part, cut, length, overlap
 from gptq_fx.weight import QuantizedWeight
 
 
@@ -22,6 +23,7 @@ class Place:
     target: path of the parameter. modules: the modules of the checkpoint it is made of; several make a
         stack of experts. transposed: the parameter has the logical shape [K, N].
     parts: of a stack, what each module holds: (expert, first row, last row + 1).
+    share: what this rank takes of it (of every expert), where several share it.
     """
 
     target: str
@@ -30,6 +32,7 @@ class Place:
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: tuple[tuple[int, int, int], ...] = ()
+    share: Part | None = None
 
     @property
     def in_features(self) -> int:
@@ -47,12 +50,18 @@ _Part = tuple[str, int, QuantizedWeight]
 def read_stack(
     files: TensorFiles, settings: CheckpointSettings, place: Place
 ) -> tuple[QuantizedWeight, Scheme]:
-    """The experts of a stack, each of one module or of several with some of its rows."""
+    """The experts of a stack, or a rank's share of each; of one module, or of several with some rows."""
     experts: dict[int, list[_Part]] = {}
     schemes: dict[Scheme, str] = {}
     ordered = False  # experts without calibration are in their natural order, whatever the others are in
     for module, (expert, start, stop) in zip(place.modules, place.parts, strict=True):
         weight, scheme = read_module(files, settings, module, place.in_features, stop - start)
+        if place.share is not None:
+            rows = overlap(place.share.outputs, start, stop)
+            start = length(overlap(place.share.outputs, 0, start))
+            if not rows:
+                continue
+            weight, scheme = cut(weight, scheme, Part(rows, place.share.inputs))
         ordered |= scheme.desc_act
         schemes.setdefault(replace(scheme, desc_act=False), module)
         experts.setdefault(expert, []).append((module, start, weight))
@@ -71,7 +80,8 @@ def _joined(files: TensorFiles, place: Place, parts: Sequence[_Part], ordered: b
     weights = [weight for _, _, weight in parts]
     g_idx = None
     if ordered:
-        counted = torch.arange(place.in_features, dtype=torch.int32) // weights[0].group_size
+        inputs = torch.arange(weights[0].in_features, dtype=torch.int32, device="cpu")
+        counted = inputs // weights[0].group_size
         orders = [counted if weight.g_idx is None else weight.g_idx for weight in weights]
         g_idx = orders[0]
         if not all(torch.equal(g_idx, order) for order in orders):

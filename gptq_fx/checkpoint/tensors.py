@@ -128,5 +128,5 @@ def _g_idx(files: TensorFiles, name: str, in_features: int, groups: int) -> Tens
     if ((g_idx < 0) | (g_idx >= groups)).any():
         worst = int(g_idx.max()) if int(g_idx.max()) >= groups else int(g_idx.min())
         raise files.error(name, f"found group {worst}. Legal: 0 to {groups - 1}")
-    counted = torch.arange(in_features) // (in_features // groups)
+    counted = torch.arange(in_features, device="cpu") // (in_features // groups)
     return None if torch.equal(g_idx.long(), counted) else g_idx

@@ -23,6 +23,7 @@ from gptq_fx.checkpoint.names import Part, dense_linears, heads_of, is_bare, nam
 from gptq_fx.checkpoint.publish import check_target, publish, sync
 from gptq_fx.checkpoint.readers import Reader, Stored, readers
 from gptq_fx.errors import CheckpointError
+from gptq_fx.parallel import LOCAL
 from gptq_fx.weight import QuantizedWeight, packed_rows
 
 # What belongs to a tokenizer or processor, and is carried over from the folder a model came from.
@@ -91,6 +92,10 @@ def save_pretrained(
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_json_file"):
         raise CheckpointError(f"{type(model).__name__}: has no config. Legal: a model of transformers")
+    if any(getattr(module, LOCAL, False) for module in model.modules()):
+        raise CheckpointError(
+            f"{type(model).__name__}: this rank holds a part of it. Legal: a model that one process holds"
+        )
     check_target(target, overwrite)
     dense, quantized = named(model)
     if not quantized:
@@ -161,13 +166,13 @@ def module_tensors(name: str, weight: QuantizedWeight, scales: torch.dtype, v1: 
     if v1:
         qzeros = weight.qzeros_v1()
     elif qzeros is None:
-        middle = torch.full(weight.scales.shape, 2 ** (weight.bits - 1))
-        qzeros = QuantizedWeight.from_codes(
-            torch.zeros(weight.scales.shape), weight.scales.cpu(), middle, weight.bits
-        ).qzeros
+        codes = torch.zeros(weight.scales.shape, device="cpu")
+        middle = torch.full_like(codes, 2 ** (weight.bits - 1), dtype=torch.int64)
+        qzeros = QuantizedWeight.from_codes(codes, weight.scales.cpu(), middle, weight.bits).qzeros
     g_idx = weight.g_idx
     if g_idx is None:
-        g_idx = torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
+        inputs = torch.arange(weight.in_features, dtype=torch.int32, device="cpu")
+        g_idx = inputs // weight.group_size
     assert qzeros is not None
     return {
         f"{name}.qweight": _own(weight.qweight),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from gptq_fx.kernels.block import ACTIVATIONS
+from gptq_fx.kernels.block import ACTIVATIONS, BLOCK_ARGUMENTS
 from gptq_fx.kernels.registry import Tensors
 from gptq_fx.ops import define
 
@@ -72,10 +72,7 @@ def ascend_indexed_linear(
     return _grouped(rows, (weight, scales, offsets, order), ends).index_select(0, places)
 
 
-@define(
-    "ascend_experts(Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args) -> Tensor"
-)
+@define(f"ascend_experts({BLOCK_ARGUMENTS}) -> Tensor")
 def ascend_experts(
     x: Tensor,
     ids: Tensor,

@@ -65,17 +65,24 @@ def run_block(
         chosen = order[: ends[-1]]
         rows = x.expand(len(chosen), -1) if T == 1 else x[chosen // k]
         hidden = ACTIVATIONS[activation](torch.cat([gate_up(e, rows[span]) for e, span in spans]))
-        result[chosen] = torch.cat([down(e, hidden[span]) for e, span in spans])
+        # Where autocast is on, linears may have another dtype than x.
+        result[chosen] = torch.cat([down(e, hidden[span]) for e, span in spans]).to(x.dtype)
     weighted = result.view(T, k, -1) * weights.unsqueeze(-1)
     return weighted.sum(1).to(x.dtype)
 
 
-@define_opaque(
-    "experts(Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, Tensor? gate_up_bias, "
-    "Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args, str gate_up_kernel, "
-    "str down_kernel) -> Tensor",
-    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+# The arguments of a kernel's own op for the block: those of gptq::experts less the names of the kernels.
+BLOCK_ARGUMENTS = (
+    "Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, Tensor? gate_up_bias, "
+    "Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args"
 )
+
+
+def block_fake(x: Tensor, *rest: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@define_opaque(f"experts({BLOCK_ARGUMENTS}, str gate_up_kernel, str down_kernel) -> Tensor", fake=block_fake)
 def experts(
     x: Tensor,
     ids: Tensor,

@@ -19,14 +19,12 @@ from torch import Tensor
 from gptq_fx.kernels.cpu_dequantize import BLOCK, dequantize_blocks
 from gptq_fx.kernels.cpu_experts import CPU_EXPERTS
 from gptq_fx.kernels.registry import Kernel, LinearSpec, Tensors, register
-from gptq_fx.ops import define, define_opaque
+from gptq_fx.ops import define, define_opaque, product_dtype
 from gptq_fx.weight import QuantizedWeight
 
 # Rows up to which aten's kernel is the faster one; examples/benchmarks/cpu_rows.py prints the table.
 FEW_ROWS = 28
 GROUP_SIZES = (256, 128, 64, 32)
-# Without AVX512 torch multiplies bf16 by plain loops, a hundred times slower than fp32.
-FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 CHUNK = 2**20  # numbers dequantized at a time: 2 MiB of bf16, which stay in cache
 
 
@@ -35,7 +33,8 @@ def available() -> str | None:
     """aten's kernel has no documented layout: pack a counting pattern and see that we can read it."""
     if BLOCK == 0:
         return f"the int4 layout for {torch.backends.cpu.get_cpu_capability()} is not known"
-    codes = torch.arange(2 * BLOCK + 16)[:, None] * 7 + torch.arange(32)
+    rows, columns = (torch.arange(size, device="cpu") for size in (2 * BLOCK + 16, 32))
+    codes = rows[:, None] * 7 + columns
     codes = (codes % 16).to(torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
     if not torch.equal(unpack_codes(packed), codes.T.to(torch.uint8)):
@@ -132,7 +131,7 @@ _buffers = threading.local()
 def _buffer(name: str, size: int, like: Tensor) -> Tensor:
     kept: Tensor | None = getattr(_buffers, name, None)
     if kept is None or kept.numel() < size or kept.dtype != like.dtype:
-        kept = torch.empty(size, dtype=like.dtype)
+        kept = torch.empty(size, dtype=like.dtype, device="cpu")
         setattr(_buffers, name, kept)
     return kept[:size]
 
@@ -145,14 +144,14 @@ def cpu_int4_many_rows(x: Tensor, packed: Tensor, scales_mins: Tensor, out: Tens
     """x bf16 [M, K] -> out [M, N]: dequantize as many outputs as stay in cache, multiply, go on."""
     M, K = x.shape
     N = packed.shape[0]
-    rows = x if FAST_BF16 else x.float()
+    rows = x.to(product_dtype("cpu", x.dtype))
     step = max(CHUNK // K // BLOCK, 1) * BLOCK
     for start in range(0, N, step):
         part = slice(start, min(start + step, N))
         n = part.stop - start
         weight = _buffer("weight", K * n, x).view(K, n)
         _dequantize(packed[part], scales_mins[:, part], weight)
-        if not FAST_BF16:
+        if rows.dtype != x.dtype:
             weight = _buffer("wide", K * n, rows).view(K, n).copy_(weight)
         product = _buffer("product", M * n, rows).view(M, n)
         out[:, part] = torch.mm(rows, weight, out=product)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gptq_fx.kernels.block import ACTIVATIONS, experts
+from gptq_fx.kernels.block import ACTIVATIONS, BLOCK_ARGUMENTS, block_fake, experts
 from gptq_fx.kernels.cpu_dequantize import BLOCK
 from gptq_fx.kernels.grouped import grouped_linear, indexed_linear
 from gptq_fx.kernels.registry import ExpertOps, LinearSpec, Tensors
@@ -206,15 +206,12 @@ def cpu_int4_grouped(x: Tensor, packed: Tensor, scales_mins: Tensor, ends: Tenso
     if library is None:
         y: Tensor = grouped_linear(x, [packed, scales_mins], ends, packed.shape[1], "cpu_int4", [group_size])
         return y
-    ids = torch.searchsorted(ends, torch.arange(x.shape[0], dtype=ends.dtype), right=True)
+    rows = torch.arange(x.shape[0], dtype=ends.dtype, device="cpu")
+    ids = torch.searchsorted(ends, rows, right=True)
     return _few(library, x, ids, packed, scales_mins, None, group_size)
 
 
-@define_opaque(
-    "cpu_int4_experts(Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args) -> Tensor",
-    fake=lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
-)
+@define_opaque(f"cpu_int4_experts({BLOCK_ARGUMENTS}) -> Tensor", fake=block_fake)
 def cpu_int4_experts(
     x: Tensor,
     ids: Tensor,

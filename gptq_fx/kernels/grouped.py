@@ -35,7 +35,7 @@ def grouped_linear(
             start = end
     if start < x.shape[0] or not parts:
         parts.append(x.new_zeros(x.shape[0] - start, out_features))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype)  # under autocast, it is another
 
 
 def body(kernel: str) -> Callable[..., Tensor]:
@@ -59,7 +59,7 @@ def indexed_linear(
     hit, counts = torch.unique_consecutive(ids[order], return_counts=True)
     for e, rows in zip(hit.tolist(), order.split(counts.tolist()), strict=True):
         weight = [None if t is None else t[e] for t in weights]
-        out[rows] = run(x[rows], *weight, None, *args)
+        out[rows] = run(x[rows], *weight, None, *args).to(x.dtype)
     return out
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gptq_fx.kernels import humming_library as library
+from gptq_fx.kernels.block import BLOCK_ARGUMENTS, block_fake
 from gptq_fx.kernels.registry import ExpertOps, LinearSpec, Tensors
 from gptq_fx.ops import define_opaque
 
@@ -141,11 +142,7 @@ def humming_indexed(
     return _launch(x, tensors, out, table, align(ids, weight.shape[0], table.tile(S)))
 
 
-@define_opaque(
-    "humming_block(Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args) -> Tensor",
-    fake=lambda x, *rest: x.new_empty(x.shape),
-)
+@define_opaque(f"humming_block({BLOCK_ARGUMENTS}) -> Tensor", fake=block_fake)
 def humming_block(
     x: Tensor,
     ids: Tensor,

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Table:
 _TABLES: dict[tuple[Any, ...], Table] = {}  # by Problem, or the plain tuple that equals one
 _LOCKS: dict[tuple[int, int], Tensor] = {}
 _ARENAS: dict[int, Tensor] = {}
+_taking = threading.Lock()
 
 
 @functools.cache
@@ -198,7 +200,7 @@ def prepare(problems: Sequence[Problem], *, show: bool = True) -> None:
             [start, end, made[_key(p, config)], config.get("num_sms") or _sms(p.device)]
             for start, end, config in steps[p]
         ]
-        flat = torch.tensor(rows, dtype=torch.int64).flatten()
+        flat = torch.tensor(rows, dtype=torch.int64, device="cpu").flatten()
         tiles = tuple(config["block_shape"][0] for _, _, config in steps[p])
         _TABLES[p] = Table(flat, tuple(end for _, end, _ in steps[p]), tiles)
 
@@ -273,9 +275,16 @@ def current_locks(device: int) -> Tensor:
 def locks(device: int, stream: int) -> Tensor:
     found = _LOCKS.get((device, stream))
     if found is None:
-        if device not in _ARENAS:
-            _ARENAS[device] = torch.zeros(STREAMS, LOCKS, dtype=torch.int32, device=f"cuda:{device}")
-            torch.cuda.synchronize(device)  # other streams may use them next
-        taken = sum(known == device for known, _ in _LOCKS)
-        found = _LOCKS[device, stream] = _ARENAS[device][taken % STREAMS]
+        with _taking:  # two threads that come at once must not take the same
+            found = _LOCKS.get((device, stream))
+            if found is None:
+                found = _LOCKS[device, stream] = _take(device)
     return found
+
+
+def _take(device: int) -> Tensor:
+    if device not in _ARENAS:
+        _ARENAS[device] = torch.zeros(STREAMS, LOCKS, dtype=torch.int32, device=f"cuda:{device}")
+        torch.cuda.synchronize(device)  # other streams may use them next
+    taken = sum(known == device for known, _ in _LOCKS)
+    return _ARENAS[device][taken % STREAMS]

@@ -60,7 +60,7 @@ class ExpertOps:
     grouped: op(x [S, K], *tensors, ends [E], *op_args) -> [S, N]; rows ends[e - 1] to ends[e] (from 0 for the
         first) meet expert e, rows behind the last end give zeros.
     indexed: op(x [S, K], *tensors, ids [S], *op_args) -> [S, N]; row s meets expert ids[s].
-    block: as `gptq::experts` (see block.py) without its last two arguments, the names of kernels; or None.
+    block: an op with the arguments BLOCK_ARGUMENTS of block.py, which does as `gptq::experts` does; or None.
     block_supports: (spec of gate_up, spec of down, activation) -> None, or why the block does not run so.
     """
 

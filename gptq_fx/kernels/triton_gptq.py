@@ -28,7 +28,7 @@ def columns(
 ) -> Columns:
     """See gptq_fx/columns.py. A block lies in one group: the search for its scale is a kernel apart."""
     from gptq_fx.kernels import triton_gptq_code as code
-    from gptq_fx.kernels.triton_launch import on_device
+    from gptq_fx.kernels.triton.weight import on
 
     E, N, K = W.shape
     assert W.is_contiguous() and U.is_contiguous()
@@ -47,7 +47,7 @@ def columns(
     width = 1 << max(4, (max(stop - start for start, stop in spans) - 1).bit_length())
     Err = torch.empty(E, N, width, device=W.device)
     groups = scales.shape[1]
-    with on_device(W):
+    with on(W):
         for start, stop in spans:
             if static is None and start % group_size == 0:
                 code.search[programs](

@@ -4,6 +4,7 @@ test_triton.py runs this file in a process of its own, since TRITON_INTERPRET=1 
 imported. By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_triton.py
 """
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -12,75 +13,79 @@ import test_contract as contract
 import torch
 from tolerances import LINEAR, relative_error
 
-from gptq_fx.kernels.triton import TRITON, pack, supports
+from gptq_fx.kernels.triton import TRITON, supports
+from gptq_fx.kernels.triton.layout import pack
+from gptq_fx.kernels.triton.weight import Packed
 from gptq_fx.scheme import BITS
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET is not 1", allow_module_level=True)
 
-from gptq_fx.kernels import triton_launch
+from gptq_fx.kernels.triton import linear, matmul, spelled_out
+from gptq_fx.kernels.triton.gemv import gemv
+from gptq_fx.kernels.triton.route import route
 
 HERE = replace(TRITON, device="cpu", available=lambda: None)
 DTYPES = list(LINEAR)
-every_width = pytest.mark.parametrize("bits", BITS)
-every_grid = pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 
 
-@every_width
-@every_grid
-def test_every_algorithm_is_right(bits, sym):
-    """Each of them, whatever rows it is meant for; groups of one, many and odd numbers of slabs; tails."""
-    shapes = ((33, 96, 48), (24, 256, 64), (16, 72, -1), (16, 384, 128))
-    algorithms = {
-        triton_launch.gemv: (1, 3),
-        triton_launch.matmul: (5, 40),
-        triton_launch.spelled_out: (9,),
-    }
-    for number, (N, K, size) in enumerate(shapes):
-        dtype = DTYPES[(number + bits + sym) % 3]
-        spec = contract.make_spec("cpu", N, K, dtype, bits, size, sym)
-        weight = contract.random_weight(spec)
-        packed = triton_launch.Packed.of(pack(weight, spec), bits)
-        W, bias = weight.dequantize(torch.float64), contract.normal(N, like=spec)
-        for algorithm, rows in algorithms.items():
-            for M in rows:
-                x = contract.normal(M, K, like=spec)
-                expected = x.double() @ W.T + bias.double()
-                assert relative_error(algorithm(x, packed, bias), expected) <= LINEAR[dtype], (
-                    spec,
-                    algorithm,
-                )
+def _in_pairs(*parameters):
+    """Every combination of three values, each pair of them in one that is not slow."""
+    first, second, third = parameters
+    for (i, a), (j, b), (k, c) in itertools.product(enumerate(first), enumerate(second), enumerate(third)):
+        yield pytest.param(a, b, c, marks=() if (i + j + k) % 2 == 0 else pytest.mark.slow)
+
+
+# Groups of one, many and odd numbers of slabs; tails.
+SHAPES = ((33, 96, 48), (24, 256, 64), (16, 72, -1), (16, 384, 128))
+
+
+@pytest.mark.parametrize(("bits", "sym", "shape"), list(_in_pairs(BITS, (True, False), SHAPES)))
+def test_every_algorithm_is_right(bits, sym, shape):
+    """Each of them, whatever rows it is meant for."""
+    N, K, size = shape
+    algorithms = {gemv: (1, 3), matmul.matmul: (5, 40), spelled_out.spelled_out: (9,)}
+    dtype = DTYPES[(SHAPES.index(shape) + bits + sym) % 3]
+    spec = contract.make_spec("cpu", N, K, dtype, bits, size, sym)
+    weight = contract.random_weight(spec)
+    packed = Packed.of(pack(weight, spec), bits)
+    W, bias = weight.dequantize(torch.float64), contract.normal(N, like=spec)
+    for algorithm, rows in algorithms.items():
+        for M in rows:
+            x = contract.normal(M, K, like=spec)
+            expected = x.double() @ W.T + bias.double()
+            assert relative_error(algorithm(x, packed, bias), expected) <= LINEAR[dtype], (algorithm, M)
 
 
 def test_tiles_of_every_size(monkeypatch):
     spec = contract.make_spec("cpu", 96, 256, torch.float16, 4, 128, True)
     weight = contract.random_weight(spec)
-    packed = triton_launch.Packed.of(pack(weight, spec), 4)
+    packed = Packed.of(pack(weight, spec), 4)
     for M in (8, 30, 60, 130):
         x = contract.normal(M, 256, like=spec)
-        found = triton_launch.matmul(x, packed, None)
+        found = matmul.matmul(x, packed, None)
         expected = x.double() @ weight.dequantize(torch.float64).T
         assert relative_error(found, expected) <= LINEAR[torch.float16], M
     # K in parts, and a weight that is spelled out in three steps, of which the last is shorter
-    monkeypatch.setattr(triton_launch, "split", lambda programs, blocks, device: 2)
-    assert relative_error(triton_launch.matmul(x, packed, None), expected) <= LINEAR[torch.float16]
-    monkeypatch.setattr(triton_launch, "SPELLED_OUT", 1)
+    monkeypatch.setattr(matmul, "split", lambda programs, blocks, device: 2)
+    assert relative_error(matmul.matmul(x, packed, None), expected) <= LINEAR[torch.float16]
+    monkeypatch.setattr(spelled_out, "SPELLED_OUT", 1)
     spec = contract.make_spec("cpu", 300, 64, torch.float16, 4, 32, False)
     weight = contract.random_weight(spec)
-    packed = triton_launch.Packed.of(pack(weight, spec), 4)
+    packed = Packed.of(pack(weight, spec), 4)
     x = contract.normal(7, 64, like=spec)
     expected = x.double() @ weight.dequantize(torch.float64).T
-    assert relative_error(triton_launch.spelled_out(x, packed, None), expected) <= LINEAR[torch.float16]
+    assert relative_error(spelled_out.spelled_out(x, packed, None), expected) <= LINEAR[torch.float16]
 
 
 def test_rows_decide_the_algorithm(monkeypatch):
     called = []
     for name in ("gemv", "matmul", "spelled_out"):
-        monkeypatch.setattr(triton_launch, name, lambda x, w, b, name=name: called.append(name) or x)
+        monkeypatch.setattr(linear, name, lambda x, w, b, name=name: called.append(name) or x)
     spec = contract.make_spec("cpu", 16, 64, torch.float32, 4, -1, True)
-    packed = triton_launch.Packed.of(pack(contract.random_weight(spec), spec), 4)
-    for M in (1, triton_launch.GEMV_ROWS, triton_launch.GEMV_ROWS + 1, triton_launch.MATMUL_ROWS, 5000):
-        triton_launch.linear(torch.zeros(M, 64), packed, None)
+    packed = Packed.of(pack(contract.random_weight(spec), spec), 4)
+    for M in (1, linear.GEMV_ROWS, linear.GEMV_ROWS + 1, linear.MATMUL_ROWS, 5000):
+        linear.linear(torch.zeros(M, 64), packed, None)
     assert called == ["gemv", "gemv", "matmul", "matmul", "spelled_out"]
 
 
@@ -95,32 +100,45 @@ def test_shapes_and_strides_of_x(dtype):
     assert HERE.call(torch.empty(0, 64, dtype=dtype), tensors, None, spec).shape == (0, 48)
 
 
-@every_width
-@every_grid
-def test_stacks(bits, sym):
+@pytest.mark.parametrize(("bits", "sym", "rows"), list(_in_pairs(BITS, (True, False), (3, 20))))
+def test_stacks(bits, sym, rows):
+    """Rows that read the weights of their own expert, and rows that are sorted."""
     dtype = DTYPES[(bits + sym) % 3]
-    contract.check_stack(HERE, "cpu", bits, sym, dtype, 5, 64 if sym else 32, rows=(3, 20))
+    contract.check_stack(HERE, "cpu", bits, sym, dtype, 5, 64 if sym else 32, rows=(rows,))
 
 
 def test_a_stack_of_many_experts():
-    contract.check_stack(HERE, "cpu", 4, True, torch.bfloat16, 40, 32, rows=(4, 21))
+    contract.check_stack(HERE, "cpu", 4, True, torch.bfloat16, 40, 32, rows=(4,))
 
 
-@pytest.mark.parametrize("activation", list(contract.ACTIVATIONS))
-@pytest.mark.parametrize(
-    ("bits", "dtype", "E", "size"),
-    [(4, torch.bfloat16, 6, 32), (4, torch.float32, 40, -1), (3, torch.float16, 6, 32)],
-)
-def test_blocks(activation, bits, dtype, E, size):
+BLOCKS = {  # bits, dtype, experts, group size, tokens
+    "few experts": (4, torch.bfloat16, 6, 32, (1, 9)),
+    "3 bits": (3, torch.float16, 6, 32, (9,)),
+    "many experts": (4, torch.float32, 40, -1, (7,)),
+}
+
+
+def _blocks():
+    """Each with each activation; those of one activation and of few experts are not slow."""
+    for activation, name in itertools.product(contract.ACTIVATIONS, BLOCKS):
+        fast = name == "few experts" or activation == "silu"
+        yield pytest.param(activation, name, marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("activation", "name"), list(_blocks()))
+def test_blocks(activation, name):
+    bits, dtype, E, size, tokens = BLOCKS[name]
     sym = with_bias = activation != "silu"
-    contract.check_block(HERE, "cpu", bits, sym, dtype, activation, with_bias, size, E, tokens=(1, 9))
+    contract.check_block(
+        HERE, "cpu", bits, sym, dtype, activation, with_bias, size, E, tokens=tokens, repeat=False
+    )
 
 
 @pytest.mark.parametrize(("slots", "experts"), [(1, 1), (7, 8), (64, 128), (700, 6), (4200, 20), (40, 1000)])
 def test_route_sorts_as_a_stable_sort_does(slots, experts):
     rng = torch.Generator().manual_seed(slots)
     ids = torch.randint(experts + 1, (slots,), generator=rng)
-    order, ends = triton_launch.route(ids, experts)
+    order, ends = route(ids, experts)
     counts = torch.bincount(ids, minlength=experts)[:experts]
     assert torch.equal(ends.long(), counts.cumsum(0))
     used = int(counts.sum())

@@ -282,3 +282,52 @@ DEVICE Float4 load_shared_between_blocks(const float* p) {
 }
 DEVICE void let_next_kernel_start() {}
 DEVICE void wait_for_kernels_before() {}
+
+#ifdef WGMMA_TOKENS
+DEVICE void show_to_wgmma() {}
+DEVICE void wgmma_fence() {}
+DEVICE void wgmma_commit() {}
+template <int PENDING>
+static void wgmma_wait() {}
+DEVICE u64 wgmma_matrix(u32 address) { return address; }
+struct Operand { u32 a[4]; u32 b; bool add; };
+// At once, warp by warp: what is read and overwritten between start and wait does not show.
+DEVICE void wgmma(float (&c)[WGMMA_TOKENS / 2], const u32 (&a)[4], u64 b, bool add) {
+    Operand operand = {{a[0], a[1], a[2], a[3]}, u32(b), add};
+    host::with_warp(&operand, c, [] {
+        host::Fiber* warp = &host::fibers[threadIdx.x];
+        float A[16][16];
+        for (int lane = 0; lane < 32; ++lane) {
+            const Operand& o = *static_cast<const Operand*>(warp[lane].operand);
+            const int g = lane / 4, q = lane % 4 * 2;
+            for (int e = 0; e < 2; ++e)
+                for (int i = 0; i < 4; ++i)
+                    A[g + i % 2 * 8][q + e + i / 2 * 8] = host::half_to_float(o.a[i] >> (16 * e));
+        }
+        const Operand& first = *static_cast<const Operand*>(warp[0].operand);
+        auto B = [&](int k, int token) {
+            u32 at = first.b + token * 128 + k * 2;
+            at ^= (at >> 7 & 7) << 4;
+            u16 x;
+            std::memcpy(&x, host::shared + at, 2);
+            return host::half_to_float(x);
+        };
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < WGMMA_TOKENS / 2; ++i) {
+                float& out = static_cast<float*>(warp[lane].result)[i];
+                double sum = first.add ? out : 0;
+                const int row = lane / 4 + i % 4 / 2 * 8, token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                for (int k = 0; k < 16; ++k) sum += double(A[row][k]) * B(k, token);
+                out = sum;
+            }
+    });
+}
+DEVICE u32 cluster_size() { return 1; }
+DEVICE u32 cluster_rank() { return 0; }
+DEVICE void cluster_barrier() { __syncthreads(); }
+DEVICE Float4 load_from_cluster(u32 address, u32) {
+    Float4 f;
+    std::memcpy(&f, host::shared + address, 16);
+    return f;
+}
+#endif

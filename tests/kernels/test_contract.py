@@ -337,7 +337,7 @@ def test_a_whole_block(kernel, device, bits, sym, dtype, activation, with_bias, 
     check_block(kernel, device, bits, sym, dtype, activation, with_bias, size, E, tokens=(1, 2, 7, 90))
 
 
-def check_block(kernel, device, bits, sym, dtype, activation, with_bias, size, E, tokens):
+def check_block(kernel, device, bits, sym, dtype, activation, with_bias, size, E, tokens, repeat=True):
     H, middle, k = 96, 64, 3
     up = stack_or_skip(kernel, device, 2 * middle, H, E, dtype, bits, size, sym)
     down = stack_or_skip(kernel, device, H, middle, E, dtype, bits, size, sym)
@@ -360,11 +360,12 @@ def check_block(kernel, device, bits, sym, dtype, activation, with_bias, size, E
         args = [list(up[1]), list(down[1]), up_bias, down_bias, activation]
         args += [list(kernel.op_args(up[0])), list(kernel.op_args(down[0]))]
         y = kernel.experts.block(x, ids.to(device), weights, *args)
-        again = kernel.experts.block(x, ids.to(device), weights, *args)
         expected = run_block(
             x.cpu().double(), ids, weights.cpu().double(), linear(up[2], up_bias), linear(down[2], down_bias),
             activation, E,
         )  # fmt: skip
         assert (y.shape, y.dtype) == (x.shape, dtype)
         assert (y.cpu().double() - expected).norm() <= BLOCK[dtype] * expected.norm(), T
-        assert torch.equal(y, again), "not deterministic"
+        if repeat:
+            again = kernel.experts.block(x, ids.to(device), weights, *args)
+            assert torch.equal(y, again), "not deterministic"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerances import LINEAR, SAME_KERNEL, relative_error
 
-from gptq_fx import QuantizedWeight, Scheme
+from gptq_fx import QuantizedWeight, Scheme, ops
 from gptq_fx.kernels import (
     LinearSpec,
     block,
@@ -141,7 +141,7 @@ def test_few_rows_and_many_rows_agree(monkeypatch, here, N, bits, sym):
 @pytest.mark.parametrize("fast", [True, False])
 def test_many_rows_in_bf16_and_in_fp32(monkeypatch, here, fast):
     spec, weight = make(208)
-    monkeypatch.setattr(cpu, "FAST_BF16", fast)
+    monkeypatch.setattr(ops, "_SLOW_ON_CPU", set() if fast else {torch.bfloat16})
     x = torch.randn(cpu.FEW_ROWS + 3, 64).bfloat16()
     wanted = x.double() @ weight.dequantize(torch.float64).T
     found = cpu.CPU_INT4.call(x, cpu.pack(weight, spec), None, spec)

@@ -22,6 +22,8 @@ ARCHITECTURES = {
 }
 EVERY = list(variants.every())
 SAMPLE = EVERY[::41]
+EVERY_WIDE = list(variants.every_wide())
+WIDE_SAMPLE = EVERY_WIDE[::23]
 
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
@@ -74,6 +76,36 @@ def test_a_sample_of_the_variants_compiles(compiler, nth):
 def test_every_variant_compiles(compiler, arch):
     for variant in EVERY:
         assert build(variant, arch).startswith(b"\x7fELF")
+
+
+def build_wide(variant):
+    stages = variant.fit(*(1024 * kib for kib in ARCHITECTURES["sm_90a"]))
+    return nvrtc.compile(variant.source(stages), "sm_90a", "marlin_wide")
+
+
+def test_the_sample_of_wgmma_has_every_value_of_every_field():
+    for field in variants.WideVariant.__dataclass_fields__:
+        assert {getattr(v, field) for v in WIDE_SAMPLE} == {getattr(v, field) for v in EVERY_WIDE}, field
+
+
+def test_a_sample_of_wgmma_compiles(compiler):
+    for variant in WIDE_SAMPLE:
+        assert build_wide(variant).startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+def test_every_variant_of_wgmma_compiles(compiler):
+    for variant in EVERY_WIDE:
+        assert build_wide(variant).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("tile", variants.WIDE_TILES, ids=lambda tile: f"{tile.tokens} rows")
+def test_wgmma_neither_spills_registers_nor_waits_for_each_product(compiler, tile):
+    variant = variants.WideVariant(4, True, False, 8, False, tile)
+    stages = variant.fit(*(1024 * kib for kib in ARCHITECTURES["sm_90a"]))
+    log = nvrtc.resources(variant.source(stages), "sm_90a", "marlin_wide")
+    assert " 0 bytes spill stores" in log
+    assert "serialized" not in log
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

@@ -12,7 +12,8 @@ from gptq_fx.kernels import LinearSpec, block, marlin
 from gptq_fx.kernels.marlin import gemm, launch, ops, variants
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-CACHED = (gemm.gemm_function, gemm._dense_functions, gemm._moe_functions)
+CACHED = (gemm.gemm_function, gemm.wide_function, gemm._dense_functions, gemm._moe_functions)
+OLDER = replace(A_GPU, arch="sm_80")
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +89,7 @@ def test_the_gemm(bits, size, sym, dtype):
         )
 
 
-@pytest.mark.parametrize(("M", "desc_act"), [(8, False), (8, True), (70, False)])
+@pytest.mark.parametrize(("M", "desc_act"), [(8, False), (2, True), (70, False)])
 def test_more_units_of_work_than_stages(monkeypatch, M, desc_act):
     """Two blocks of threads: each stage is filled again, through the ends of tiles."""
     monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=1))
@@ -96,14 +97,40 @@ def test_more_units_of_work_than_stages(monkeypatch, M, desc_act):
 
 
 @pytest.mark.parametrize("M", [13, 30, 40, 70])
-def test_the_gemm_of_more_rows(M):
+def test_the_gemm_of_more_rows(monkeypatch, M):
+    monkeypatch.setattr(gemm, "device", lambda index: OLDER)
     check(*make(328, 640, 4, 128, False), M)
     check(*make(328, 640, 4, 128, True, desc_act=True), M)
+    assert set(HostFunction.launches) == {"marlin_gemm"} | ({"marlin_permute"})
+
+
+@pytest.mark.parametrize(("bits", "size", "sym", "dtype"), GRIDS)
+def test_many_rows_by_wgmma(bits, size, sym, dtype):
+    """Tiles that outputs, K and rows do not fill."""
+    check(*make(328, 672 if size == 96 else 1152, bits, size, sym, dtype), 30)
+    assert set(HostFunction.launches) == {"marlin_wide"}
+
+
+@pytest.mark.parametrize("M", [64, 90, 140])
+def test_each_tile_of_wgmma(M):
+    check(*make(328, 640, 4, 128, False), M)
+    check(*make(264, 640, 4, 128, True, desc_act=True), M)
+    assert set(HostFunction.launches) == {"marlin_permute", "marlin_wide"}
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(3, 70), (2, 250)])
+def test_experts_with_many_rows_by_wgmma(experts, rows):
+    spec, weight = make(328, 256, sym=False, experts=experts)
+    tensors = marlin.MARLIN.pack_all(weight, spec)
+    x, ids = torch.randn(rows, 256).to(spec.dtype), torch.randint(experts + 1, (rows,))
+    y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
+    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= 0.0025
+    assert set(HostFunction.launches) == {"marlin_align", "marlin_wide"}
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_act_order(bits):
-    check(*make(72, 288, bits, 32, False, desc_act=True), 3)
+    check(*make(72, 288, bits, 32, False, desc_act=True), 2)
 
 
 @pytest.mark.parametrize(("K", "dtype"), [(40, torch.float16), (1000, torch.bfloat16)])
@@ -141,7 +168,7 @@ def test_many_rows_are_multiplied_by_dequantized_weights(monkeypatch, bits, size
 def test_narrow_outputs_stay_with_the_gemm_for_any_rows(monkeypatch):
     monkeypatch.setattr(ops, "MANY_ROWS", 4)
     check(*make(200, 1152, 4, 128, True, torch.bfloat16), 6)
-    assert set(HostFunction.launches) == {"marlin_gemm"}
+    assert "marlin_dequantize" not in HostFunction.launches
 
 
 def test_many_rows_in_act_order(monkeypatch):

@@ -54,10 +54,11 @@ def test_without_a_gpu_it_says_so_and_another_kernel_runs():
 
 
 @needs_triton
-def test_the_interpreter_agrees_with_float64():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_interpreter_agrees_with_float64(which):
     """interpreted_triton.py, in a process where Triton interprets."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", which]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("interpreted_triton.py"))],
         cwd=ROOT, env=environment, capture_output=True, text=True,
@@ -131,10 +132,10 @@ def nvidia(capability):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_gemv_spills_nothing_and_stays_out_of_shared_memory(capability, rows, tmp_path):
-    from gptq_fx.kernels import triton_code
+    from gptq_fx.kernels.triton.gemv import gemv_kernel
 
     constants = gemv_constants(4, 8, 8, rows, True)
-    binary = compiled(triton_code.gemv, nvidia(capability), 8, 3, torch.bfloat16, **constants)
+    binary = compiled(gemv_kernel, nvidia(capability), 8, 3, torch.bfloat16, **constants)
     registers, stack, names = resources(binary, tmp_path)
     code = collections.Counter(names)
     assert stack == 0
@@ -149,10 +150,10 @@ def test_gemv_spills_nothing_and_stays_out_of_shared_memory(capability, rows, tm
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("BM", "BN", "warps"), [(16, 64, 4), (64, 128, 8), (128, 128, 8)])
 def test_matmul_spills_nothing_and_feeds_weights_from_registers(capability, BM, BN, warps, tmp_path):
-    from gptq_fx.kernels import triton_code
+    from gptq_fx.kernels.triton.matmul import matmul_kernel
 
     constants = matmul_constants(4, 8, 8, BM, BN, True)
-    binary = compiled(triton_code.matmul, nvidia(capability), warps, 3, torch.bfloat16, **constants)
+    binary = compiled(matmul_kernel, nvidia(capability), warps, 3, torch.bfloat16, **constants)
     _, stack, code = resources(binary, tmp_path)
     assert stack == 0
     product = "HGMMA" if capability == 90 else "HMMA"
@@ -164,15 +165,16 @@ def test_matmul_spills_nothing_and_feeds_weights_from_registers(capability, BM, 
 
 @needs_triton
 def test_blocks_of_experts_spill_nothing(tmp_path):
-    from gptq_fx.kernels import triton_code
+    from gptq_fx.kernels.triton.gemv import gemv_kernel
+    from gptq_fx.kernels.triton.matmul import matmul_kernel
 
     optional = ("ends", "order", "gates", "bias", "zeros")
     constants = matmul_constants(4, 8, 8, 16, 64, True, "silu", 256)
-    binary = compiled(triton_code.matmul, nvidia(90), 4, 4, torch.bfloat16, optional, **constants)
+    binary = compiled(matmul_kernel, nvidia(90), 4, 4, torch.bfloat16, optional, **constants)
     assert resources(binary, tmp_path)[1] == 0
     constants = gemv_constants(4, 8, 8, 1, True, "gpt_oss")
     optional = ("ids", "gates", "bias", "zeros")
-    binary = compiled(triton_code.gemv, nvidia(90), 8, 3, torch.bfloat16, optional, **constants)
+    binary = compiled(gemv_kernel, nvidia(90), 8, 3, torch.bfloat16, optional, **constants)
     assert resources(binary, tmp_path)[1] == 0
 
 
@@ -181,11 +183,12 @@ def test_blocks_of_experts_spill_nothing(tmp_path):
 def test_an_amd_gpu_has_code_too(dtype):
     from triton.backends.compiler import GPUTarget
 
-    from gptq_fx.kernels import triton_code
+    from gptq_fx.kernels.triton.gemv import gemv_kernel
+    from gptq_fx.kernels.triton.matmul import matmul_kernel
 
     mi300 = GPUTarget("hip", "gfx942", 64)
     BM, BN = (16, 32) if dtype == torch.float32 else (16, 64)
     constants = matmul_constants(4, 8, 8, BM, BN, False)
-    assert "hsaco" in compiled(triton_code.matmul, mi300, 4, 2, dtype, **constants).asm
+    assert "hsaco" in compiled(matmul_kernel, mi300, 4, 2, dtype, **constants).asm
     constants = gemv_constants(4, 8, 8, 1, False)
-    assert "hsaco" in compiled(triton_code.gemv, mi300, 8, 2, dtype, **constants).asm
+    assert "hsaco" in compiled(gemv_kernel, mi300, 8, 2, dtype, **constants).asm

@@ -167,6 +167,25 @@ def test_experts_each_in_its_own_order(name: str, implementation: str) -> None:
     assert relative(output(block, {"hidden_states": x}), wanted) <= 3 * LINEAR[BF16]  # eager code
 
 
+def test_each_routing_has_its_gather() -> None:
+    """Two stacks of one order on one input, whose rows meet other experts of either."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(4, BLOCK, 64)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = (torch.tensor(e, dtype=torch.int32) for e in ([1, 2, 3, 6], [3, 4, 5, 6]))
+            a, b = self.a.transpose(1, 2), self.b.transpose(1, 2)
+            return torch._grouped_mm(x, a, one) + torch._grouped_mm(x, b, other)
+
+    model, x = act_ordered(Twice().to(BF16)), x_of(6, 64)
+    stage = after("reorder", model, x)
+    assert (stage.changes, len(stage.plan.orders)) == (2, 1)
+    assert relative(stage.run(), output(dense_twin(model), {"x": x})) <= 3 * LINEAR[BF16]
+
+
 def test_a_block_has_no_place_for_a_gather() -> None:
     """So transformers' experts in act-order keep the grouped form, and a block in one call its g_idx."""
     block = EXPERTS["qwen3_moe"].build(BF16, num_hidden_layers=1).model.layers[0].mlp  # type: ignore[union-attr,index]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
 from graphs import Stage, after, name
 from models import EXPERTS, llama
+from ranks import on_ranks
 from torch import fx
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import gptq_fx
 from gptq_fx.kernels.cpu import CPU_INT4
 
 # The rest is the model's own arithmetic, which no pass touches and versions of transformers change.
-SHOWN = re.compile(r"gptq\.|linear$|split$|_?grouped_mm|bmm$")
+SHOWN = re.compile(r"gptq\.|linear$|split$|_?grouped_mm|bmm$|.*all_reduce|redistribute$")
 
 
 def snapshot(last: str, dtype: torch.dtype) -> str:
@@ -231,4 +235,32 @@ def test_a_whole_block_after_lower() -> None:
         """\
 linear(f32[3, 64], f32[4, 64])
 gptq.experts(f32[3, 64], int64[3, 2], f32[3, 2], [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 2, 256]], [down.0 int32[4, 16, 64], down.1 f32[4, 4, 64]], silu, [4], [4], reference, reference)""",
+    )
+
+
+def split(folder: Path) -> str:
+    """The graph of one rank of two."""
+    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+    gptq_fx.quantize(model, gptq_fx.GPTQConfig(lm_head=True), progress=False)
+    return shown(after("lower", model, torch.tensor([[3, 4, 5]])))
+
+
+def test_one_rank_of_two(tmp_path: Path) -> None:
+    llama(1).save_pretrained(tmp_path)
+    first, second = on_ranks(2, split, tmp_path)
+    assert first == second
+    assert_expected_inline(
+        first,
+        """\
+redistribute(f32[1, 3, 64])
+gptq.linear(f32[1, 3, 64], q|k|v.0 int32[8, 64], q|k|v.1 f32[1, 64], 4)
+split(y, [32, 16, 16], -1)
+gptq.linear(f32[1, 3, 32], o.0 int32[4, 64], o.1 f32[1, 64], 4)
+all_reduce(f32[1, 3, 64], sum, 0)
+gptq.linear(f32[1, 3, 64], gate|up.0 int32[8, 128], gate|up.1 f32[1, 128], 4)
+split(y, [64, 64], -1)
+gptq.linear(f32[1, 3, 64], down.0 int32[8, 64], down.1 f32[1, 64], 4)
+all_reduce(f32[1, 3, 64], sum, 0)
+gptq.linear(f32[1, 3, 64], lm_head.0 int32[8, 48], lm_head.1 f32[1, 48], 4)
+redistribute(f32[1, 3, 96])""",
     )

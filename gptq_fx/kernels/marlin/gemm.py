@@ -10,11 +10,15 @@ from torch import Tensor
 
 from gptq_fx.kernels.marlin import variants
 from gptq_fx.kernels.marlin.launch import Function, counters, device, pointer
-from gptq_fx.kernels.marlin.variants import Tile, Variant
+from gptq_fx.kernels.marlin.variants import Tile, Variant, WideTile, WideVariant
 
 GEMM_ARGUMENTS = "12Q10i"
-# Weights that are dequantized at a time for a dense GEMM: few enough to stay in L2 between the two.
-SCRATCH_BYTES = 32 * 2**20
+WIDE_ARGUMENTS = "9Q10i"
+MOST_CLUSTER = 8  # blocks; what every GPU with clusters admits
+# What a block does beside its chunks of K, and what a cluster does more, in the time of chunks.
+WIDE_OVERHEAD, CLUSTER_OVERHEAD = 3, 1
+# Of weights that are dequantized at a time for a dense GEMM.
+SCRATCH_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,72 @@ def gemm(x: Tensor, w: Weight, bias: Tensor | None, tile: Tile, out: Tensor, blo
         w.scales.shape[-2],
         row_blocks,
         *((1, 1, 0) if blocks is None else (blocks.num_experts, blocks.top_k, int(blocks.wide))),
+    )
+
+
+def has_wgmma(x: Tensor) -> bool:
+    return device(x.get_device()).has_wgmma
+
+
+@functools.cache
+def wide_function(
+    bits: int, bf16: bool, asym: bool, group_tiles: int, moe: bool, tile: WideTile, index: int
+) -> Function:
+    where = device(index)
+    variant = WideVariant(bits, bf16, asym, group_tiles, moe, tile)
+    stages = variant.fit(where.shared_per_multiprocessor, where.shared_per_block)
+    shared = variant.shared_bytes(stages)
+    return Function(variant.source(stages), "marlin_wide", where, tile.threads, shared, WIDE_ARGUMENTS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts(function: Function, tiles: int, chunks: int) -> int:
+    """How many blocks shall share a tile of the output: what ends first, as far as that can be told."""
+
+    def time(parts: int) -> int:
+        waves = -(-tiles // function.clusters(parts))
+        return waves * (-(-chunks // parts) + WIDE_OVERHEAD + CLUSTER_OVERHEAD * (parts > 1))
+
+    possible = [p for p in range(1, min(MOST_CLUSTER, chunks) + 1) if function.clusters(p)]
+    return min(possible, key=time)
+
+
+def wide(
+    x: Tensor,
+    w: Weight,
+    bias: Tensor | None,
+    tile: WideTile,
+    out: Tensor,
+    blocks: Blocks | None,
+) -> None:
+    """As `gemm`, for many rows, where Device.has_wgmma. w has no perm."""
+    index = x.get_device()
+    K, N64 = w.in_features, w.scales.shape[-1] // 64
+    function = wide_function(
+        w.bits, _is_bf16(x.dtype), w.zeros is not None, w.group_tiles, blocks is not None, tile, index
+    )
+    row_blocks = -(-x.shape[0] // tile.tokens) if blocks is None else blocks.most
+    tiles = row_blocks * -(-N64 * 64 // tile.outputs)
+    parts = _parts(function, tiles, -(-K // (16 * tile.k_tiles)))
+    function(
+        tiles * parts,
+        1,
+        x.data_ptr(),
+        w.packed.data_ptr(),
+        w.scales.data_ptr(),
+        pointer(w.zeros),
+        pointer(bias),
+        out.data_ptr(),
+        *((0, 0, 0) if blocks is None else (blocks.experts, blocks.rows, blocks.count)),
+        x.shape[0],
+        w.out_features,
+        K,
+        N64,
+        x.stride(0),
+        w.scales.shape[-2],
+        row_blocks,
+        *((1, 1, 0) if blocks is None else (blocks.num_experts, blocks.top_k, int(blocks.wide))),
+        cluster=parts,
     )
 
 

@@ -19,6 +19,7 @@ COUNTERS = 4096  # of one stream; no launch has more blocks that share a tile
 STREAMS = 64  # that counters are made for at a time
 OVERLAP = True  # the start of a kernel with the end of the one before, where the architecture can
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _PARAMETERS = ctypes.c_char_p * 1
 _lock = threading.Lock()
@@ -43,7 +44,14 @@ class _Config(ctypes.Structure):
     )
 
 
-_OVERLAP = _Attribute(_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+@functools.cache
+def _attributes(overlap: bool, cluster: int) -> ctypes.Array[_Attribute]:
+    chosen = []
+    if overlap:
+        chosen.append(_Attribute(_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1)))
+    if cluster > 1:
+        chosen.append(_Attribute(_CLUSTER, 0, (ctypes.c_int * 16)(cluster, 1, 1)))
+    return (_Attribute * len(chosen))(*chosen)
 
 
 @functools.cache
@@ -68,6 +76,10 @@ def _check(code: int, what: str) -> None:
 @dataclass(frozen=True)
 class Device:
     """A GPU: its number, architecture, multiprocessors, and bytes of shared memory."""
+
+    @property
+    def has_wgmma(self) -> bool:
+        return self.arch == "sm_90a"
 
     index: int
     arch: str
@@ -127,16 +139,33 @@ class Function:
             raise KernelError(f"{name}: {threads} threads with {shared} bytes do not fit {where.arch}")
         self.resident = fits.value * where.multiprocessors
 
-    def __call__(self, blocks: int, rows: int, *arguments: int) -> None:
-        """Launch `blocks` x `rows` blocks on PyTorch's current stream of the device."""
+    def clusters(self, size: int) -> int:
+        """How many clusters of so many blocks the GPU holds at a time."""
+        if size == 1:
+            return self.resident
+        attributes, count = _attributes(False, size), ctypes.c_int()
+        config = _Config((size, 1, 1), (self.threads, 1, 1), self.shared)
+        config.attributes, config.count = ctypes.cast(attributes, ctypes.POINTER(_Attribute)), len(attributes)
+        with torch.cuda.device(self.index):
+            code = self._library.cuOccupancyMaxActiveClusters(
+                ctypes.byref(count), self._handle, ctypes.byref(config)
+            )
+        _check(code, "counting clusters")
+        return count.value
+
+    def __call__(self, blocks: int, rows: int, *arguments: int, cluster: int = 1) -> None:
+        """Launch `blocks` x `rows` blocks on PyTorch's current stream of the device.
+
+        cluster: how many successive blocks share their memory; `blocks` is a multiple of it.
+        """
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
-                return self(blocks, rows, *arguments)
+                return self(blocks, rows, *arguments, cluster=cluster)
         parameters = _PARAMETERS(self._pack(*arguments))
         config = _Config((blocks, rows, 1), (self.threads, 1, 1), self.shared, stream(self.index))
-        if OVERLAP and self._overlaps:
-            config.attributes = ctypes.pointer(_OVERLAP)
-            config.count = 1
+        attributes = _attributes(OVERLAP and self._overlaps, cluster)
+        config.attributes = ctypes.cast(attributes, ctypes.POINTER(_Attribute))
+        config.count = len(attributes)
         code = self._library.cuLaunchKernelEx(ctypes.byref(config), self._handle, parameters, None)
         return _check(code, "launching a kernel") if code else None
 
@@ -165,9 +194,11 @@ def counters(index: int) -> int:
     found = _counters.get(key)
     if found is None:
         with _lock:
-            if not _free.get(index):
-                _make_counters(index)
-            found = _counters[key] = _free[index].pop()
+            found = _counters.get(key)  # another thread on this stream may have come first
+            if found is None:
+                if not _free.get(index):
+                    _make_counters(index)
+                found = _counters[key] = _free[index].pop()
     return found
 
 

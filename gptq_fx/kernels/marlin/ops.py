@@ -9,11 +9,15 @@ from torch import Tensor
 
 from gptq_fx.kernels.marlin import gemm
 from gptq_fx.kernels.marlin.gemm import Weight
-from gptq_fx.kernels.marlin.variants import PERMUTED_ROWS, Tile, tile_for
+from gptq_fx.kernels.marlin.variants import ORDERED_TOKENS, Tile, WideTile, tile_for, wide_tile_for
 from gptq_fx.ops import define_opaque
 
 # Rows of x beyond which dequantizing and a dense GEMM are the faster way.
 MANY_ROWS = 256
+# Rows of x beyond which x is put into the order of act-order once, not by each block that reads it.
+PERMUTED_ROWS = 2
+# Rows of x beyond which wgmma is faster, where there is such.
+FEW_ROWS = 16
 # Outputs from which they may do so: for fewer, cuBLAS splits its sum and rounds the parts to x's dtype.
 DENSE_OUTPUTS = 1024
 # Mean rows of an expert, as a part of a tile's, up to which that tile serves a stack.
@@ -61,8 +65,24 @@ def linear(
         else:
             if perm is not None and M > PERMUTED_ROWS:
                 rows, w = gemm.permuted(rows, w)
-            gemm.gemm(rows, w, bias, tile_for(M, bits), out, None)
+            _gemm(rows, w, bias, _tile(M, w, x), out, None)
     return out.reshape(*x.shape[:-1], out_features)
+
+
+def _tile(rows: int, w: Weight, x: Tensor) -> Tile | WideTile:
+    """For so many rows of one weight."""
+    if rows > FEW_ROWS and w.perm is None and gemm.has_wgmma(x):
+        return wide_tile_for(rows)
+    return tile_for(rows, w.bits)
+
+
+def _gemm(
+    x: Tensor, w: Weight, bias: Tensor | None, tile: Tile | WideTile, out: Tensor, blocks: gemm.Blocks | None
+) -> None:
+    if isinstance(tile, WideTile):
+        gemm.wide(x, w, bias, tile, out, blocks)
+    else:
+        gemm.gemm(x, w, bias, tile, out, blocks)
 
 
 def _linear_fake(
@@ -87,10 +107,10 @@ marlin_linear = define_opaque(
 )(linear)
 
 
-def _stack_tile(rows: int, experts: int, w: Weight) -> Tile:
+def _stack_tile(rows: int, experts: int, w: Weight, x: Tensor) -> Tile | WideTile:
     """For as many rows as an expert has in the mean."""
-    most = PERMUTED_ROWS if w.perm is not None else 64
-    return tile_for(min(int(rows / experts / FILLED), most), w.bits)
+    most = ORDERED_TOKENS if w.perm is not None else 128
+    return _tile(min(int(rows / experts / FILLED), most), w, x)
 
 
 def _one_each(rows: int, experts: int) -> bool:
@@ -130,9 +150,9 @@ def marlin_grouped(
     S, E = x.shape[0], packed.shape[0]
     out = _empty(x, S, w).zero_()
     if S:
-        tile = _stack_tile(S, E, w)
+        tile = _stack_tile(S, E, w, x)
         blocks = gemm.align(_integers(ends), True, S, E, tile.tokens, 1, x.dtype == torch.bfloat16)
-        gemm.gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
+        _gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
     return out
 
 
@@ -154,9 +174,9 @@ def marlin_indexed(
     S, E = x.shape[0], packed.shape[0]
     out = _empty(x, S, w).zero_()
     if S:
-        tile = _stack_tile(S, E, w)
+        tile = _stack_tile(S, E, w, x)
         blocks = _blocks(_integers(ids), E, tile, 1, _one_each(S, E), x.dtype)
-        gemm.gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
+        _gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
     return out
 
 
@@ -167,7 +187,7 @@ def _integers(index: Tensor) -> Tensor:
 
 
 def _blocks(
-    ids: Tensor, experts: int, tile: Tile, top_k: int, one_each: bool, dtype: torch.dtype
+    ids: Tensor, experts: int, tile: Tile | WideTile, top_k: int, one_each: bool, dtype: torch.dtype
 ) -> gemm.Blocks:
     if one_each:
         return gemm.alone(ids, experts, top_k)
@@ -208,15 +228,15 @@ def marlin_experts(
     ids = _integers(ids)
     rows = T * k
     biases = [None if b is None else b.to(x.dtype).contiguous() for b in (gate_up_bias, down_bias)]
-    tiles = [_stack_tile(rows, E, w) for w in (first, second)]
-    tokens = min(tile.tokens for tile in tiles)
-    tiles = [tile_for(tokens, w.bits) for w in (first, second)]
+    tiles = [_stack_tile(rows, E, w, x) for w in (first, second)]
+    if tiles[0].tokens != tiles[1].tokens:  # both take the same blocks of rows
+        tiles = [tile_for(min(tile.tokens for tile in tiles), w.bits) for w in (first, second)]
     blocks = _blocks(ids, E, tiles[0], k, T == 1 or _one_each(rows, E), x.dtype)
     hidden = _empty(x, rows, first)
-    gemm.gemm(gemm.usable(x, first.in_features), first, biases[0], tiles[0], hidden, blocks)
+    _gemm(gemm.usable(x, first.in_features), first, biases[0], tiles[0], hidden, blocks)
     active = gemm.usable(gemm.activate(hidden, activation), second.in_features)
     out = _empty(x, rows, second)
-    gemm.gemm(active, second, biases[1], tiles[1], out, blocks.each_row())
+    _gemm(active, second, biases[1], tiles[1], out, blocks.each_row())
     return gemm.combine(out, ids, _weights(weights, x.dtype), E)
 
 

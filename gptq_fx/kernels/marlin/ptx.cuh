@@ -122,3 +122,55 @@ DEVICE void wait_for_kernels_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+#ifdef WGMMA_TOKENS  // of sm_90a
+// Makes what this thread has stored or copied visible to wgmma.
+DEVICE void show_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+// Operand b: rows of 64 k (128 bytes, their pieces of 16 swizzled by row % 8), eight in 1024 bytes.
+DEVICE u64 wgmma_matrix(u32 address) {
+    return u64(address & 0x3ffff) >> 4 | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+// c[64, WGMMA_TOKENS] = a[64, 16] b[16, WGMMA_TOKENS] (+ c) by a warpgroup; done when it is waited for.
+DEVICE void wgmma(float (&c)[WGMMA_TOKENS / 2], const u32 (&a)[4], u64 b, bool add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " WGMMA_ADD ", 0;"
+                 "wgmma.mma_async.sync.aligned.m64n" WGMMA_N "k16.f32."
+#if BF16
+                 "bf16.bf16 "
+#else
+                 "f16.f16 "
+#endif
+                 "{" WGMMA_C "}, {" WGMMA_A "}, " WGMMA_B ", p, 1, 1, 0; }"
+                 : WGMMA_OUT(c)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+
+DEVICE u32 cluster_size() {
+    u32 n;
+    asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(n));
+    return n;
+}
+DEVICE u32 cluster_rank() {
+    u32 n;
+    asm volatile("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(n));
+    return n;
+}
+DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+// From the shared memory of a block of the cluster, where that of this block has `address`.
+DEVICE Float4 load_from_cluster(u32 address, u32 rank) {
+    Float4 f;
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;"
+                 "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there]; }"
+                 : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3])
+                 : "r"(address), "r"(rank)
+                 : "memory");
+    return f;
+}
+#endif

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,8 @@ class Tile:
 
 # For up to so many rows of x, by bits. Larger inputs are cut into blocks of the last.
 TILES: dict[int, tuple[Tile, ...]] = {
-    4: (Tile(8, 2, 4, 4), Tile(16, 2, 4, 4), Tile(32, 4, 2, 4), Tile(48, 4, 1, 4), Tile(64, 4, 1, 4)),
-    8: (Tile(8, 2, 4, 2), Tile(16, 2, 4, 2), Tile(32, 4, 2, 2), Tile(48, 4, 1, 4), Tile(64, 4, 1, 4)),
+    4: (Tile(8, 2, 4, 4), Tile(16, 2, 4, 4, 1), Tile(32, 2, 4, 2), Tile(64, 4, 2, 4, 1)),
+    8: (Tile(8, 2, 4, 2), Tile(16, 2, 4, 2), Tile(32, 2, 4, 2), Tile(64, 4, 2, 2, 1)),
 }
 
 
@@ -103,8 +103,103 @@ class Variant:
         return _join(head | constants, text("ptx.cuh"), text("dequantize.cuh"), text("gemm.cu"))
 
 
-# Rows of x beyond which x is put into the order of act-order once, not by each block that reads it.
-PERMUTED_ROWS = 16
+@dataclass(frozen=True)
+class WideTile:
+    """How a block of threads of wide.cu cuts the work.
+
+    tokens: rows of x, a multiple of 8. k_tiles: tiles of 16 k in a stage.
+    """
+
+    tokens: int
+    k_tiles: int = 8
+
+    threads = 256
+    outputs = 256
+
+
+@dataclass(frozen=True)
+class WideVariant:
+    """One compilation of wide.cu; fields as in Variant."""
+
+    bits: int
+    bf16: bool
+    asym: bool
+    group_tiles: int
+    moe: bool
+    tile: WideTile
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of one stage: x, weights, scales, zero points."""
+        tile = self.tile
+        run = min(self.group_tiles or tile.k_tiles, tile.k_tiles)
+        grid = 512 * bool(self.group_tiles) + 32 * self.bits * self.asym
+        weights = tile.k_tiles * 4 * 128 * self.bits
+        used = tile.tokens * 32 * tile.k_tiles + weights + tile.k_tiles // run * grid
+        return -(-used // 1024) * 1024
+
+    def shared_bytes(self, stages: int) -> int:
+        """Of a block: its stages, or in their place the sums; and room to begin at a multiple of 1024."""
+        return 1024 + max(stages * self.stage_bytes, self.tile.tokens * (self.tile.outputs + 4) * 4)
+
+    def fit(self, per_multiprocessor: int, per_block: int) -> int:
+        """How many stages fit so many bytes of shared memory."""
+        limit = min(per_multiprocessor - 1024, per_block)
+        for stages in range(MOST_WIDE_STAGES, 2, -1):
+            if self.shared_bytes(stages) <= limit:
+                return stages
+        raise AssertionError(f"{self} does not fit {per_block} bytes of shared memory")
+
+    def source(self, stages: int) -> str:
+        """The whole text for the compiler."""
+        tile = self.tile
+        constants = {
+            "TOKENS": tile.tokens,
+            "K_TILES": tile.k_tiles,
+            "STAGES": stages,
+            "MOE": int(self.moe),
+            "SHARED": self.shared_bytes(stages),
+        }
+        head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
+        operands = wgmma_operands(tile.tokens)
+        return _join(head | constants | operands, text("ptx.cuh"), text("dequantize.cuh"), text("wide.cu"))
+
+
+MOST_WIDE_STAGES = 8
+# As TILES, for any bits.
+WIDE_TILES = (WideTile(32), WideTile(64), WideTile(96), WideTile(128))
+
+
+def wide_tile_for(rows: int) -> WideTile:
+    """The smallest tile that holds `rows`, or the largest of all."""
+    return next((tile for tile in WIDE_TILES if rows <= tile.tokens), WIDE_TILES[-1])
+
+
+def every_wide() -> Iterator[WideVariant]:
+    """All variants of wide.cu that can be asked for."""
+    flags = (False, True)
+    for bits, bf16, asym, group_tiles, moe in itertools.product(TILES, flags, flags, (0, 2, 4, 8), flags):
+        for tile in WIDE_TILES:
+            yield WideVariant(bits, bf16, asym, group_tiles, moe, tile)
+
+
+def wgmma_operands(tokens: int) -> dict[str, int | str]:
+    """The numbers of the operands of a wgmma of so many rows of x, as its assembly names them."""
+    sums = tokens // 2
+    names = [f"%{i}" for i in range(sums + 6)]
+    return {
+        "WGMMA_TOKENS": tokens,
+        "WGMMA_N": f'"{tokens}"',
+        "WGMMA_C": f'"{",".join(names[:sums])}"',
+        "WGMMA_A": f'"{",".join(names[sums : sums + 4])}"',
+        "WGMMA_B": f'"{names[sums + 4]}"',
+        "WGMMA_ADD": f'"{names[sums + 5]}"',
+        "WGMMA_OUT(c)": ", ".join(f'"+f"(c[{i}])' for i in range(sums)),
+    }
+
+
+# Rows of the largest tile that reads x in the order of act-order; one of a stack has no other way.
+ORDERED_TOKENS = 16
 
 
 def every() -> Iterator[Variant]:
@@ -113,7 +208,7 @@ def every() -> Iterator[Variant]:
     grids = itertools.product(TILES, flags, flags, (0, 2, 4, 8), flags, flags)
     for bits, bf16, asym, group_tiles, perm, moe in grids:
         for tile in TILES[bits]:
-            if not perm or tile.tokens <= PERMUTED_ROWS:
+            if not perm or tile.tokens <= ORDERED_TOKENS:
                 yield Variant(bits, bf16, asym, group_tiles, perm, moe, tile)
 
 
@@ -126,7 +221,7 @@ def text(name: str) -> str:
     return (FOLDER / name).read_text()
 
 
-def _join(constants: dict[str, int], *parts: str) -> str:
+def _join(constants: Mapping[str, int | str], *parts: str) -> str:
     return "\n".join([*(f"#define {name} {value}" for name, value in constants.items()), *parts])
 
 

@@ -1,11 +1,30 @@
-"""Which rows meet which expert, sorted on the device; and the sum of what the experts made. See triton.py."""
+"""Which rows meet which expert, sorted on the device; and the sum of what the experts made."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# mypy: ignore-errors
+from gptq_fx.kernels.triton.weight import power_of_two
+
+SLOTS_PER_CHUNK = 64
+
+
+def route(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """ids [*] of S slots -> order int32 [S], the slots sorted by experts, and ends int32 [experts]."""
+    S = ids.numel()
+    EP = power_of_two(experts)
+    chunk = max(16, min(SLOTS_PER_CHUNK, 2**13 // EP))
+    programs = min(-(-S // chunk), 64)
+    steps = -(-S // (chunk * programs))
+    counts = torch.empty(programs, EP, dtype=torch.int32, device=ids.device)
+    order = torch.empty(S, dtype=torch.int32, device=ids.device)
+    ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
+    count[(programs,)](ids, counts, S, steps, experts, EP=EP, C=chunk)
+    place[(programs,)](ids, counts, order, ends, S, steps, experts, programs, EP=EP, C=chunk)
+    return order, ends
 
 
 @triton.jit
@@ -55,3 +74,25 @@ def weighted_sum(y, ids, out, H, experts, TOPK: tl.constexpr, BLOCK: tl.constexp
         used = (e >= 0) & (e < experts)
         total += tl.load(y + (t * TOPK + i) * H + c, mask=used & (c < H), other=0.0).to(tl.float32)
     tl.store(out + t * H + c, total.to(out.dtype.element_ty), mask=c < H)
+
+
+@triton.jit
+def find_tile(ends, tile, rows, experts, EP: tl.constexpr, BM: tl.constexpr, FILL: tl.constexpr):
+    """(expert, first row, end of its rows) of a tile of BM rows; an expert of EP where there is no such tile.
+
+    FILL: rows behind the last end are those of one expert more.
+    """
+    e = tl.arange(0, EP)
+    start = tl.load(ends + e - 1, mask=(e > 0) & (e <= experts), other=0).to(tl.int32)
+    end = tl.load(ends + e, mask=e < experts, other=0).to(tl.int32)
+    if FILL:
+        end = tl.where(e == experts, rows, end)
+        count = tl.where(e <= experts, end - start, 0)
+    else:
+        count = tl.where(e < experts, end - start, 0)
+    tiles = (tl.maximum(count, 0) + BM - 1) // BM
+    after = tl.cumsum(tiles, 0)
+    expert = tl.sum((after <= tile).to(tl.int32), 0)
+    mine = e == expert
+    first = tl.sum(tl.where(mine, start + (tile - after + tiles) * BM, 0), 0)
+    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
