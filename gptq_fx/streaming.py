@@ -20,7 +20,8 @@ from gptq_fx.passes.calibrate import Run
 from gptq_fx.phases import phase
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# fp32 matrices [K, K] that factorizing a Hessian holds beside it, and [N, K] that solving a weight does.
+# fp32 matrices [K, K] that factorizing a Hessian holds beside it, and, once it has left two of them, [N, K]
+# that rounding a weight does.
 FACTORS, COPIES = 5, 5
 
 
@@ -55,7 +56,7 @@ def need(stage: str, shapes: Sequence[Sequence[int]], together: int, drift: bool
     return Need(
         stage,
         experts * matrix * (1 + (drift and experts == 1)),
-        min(experts, together) * (FACTORS * matrix + COPIES * 4 * rows * K),
+        min(experts, together) * max(FACTORS * matrix, 2 * matrix + COPIES * 4 * rows * K),
     )
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import MODELS
 from test_calibration import batches, codes
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import gptq_fx
 from gptq_fx import GPTQConfig
@@ -99,3 +100,38 @@ def test_a_model_as_on_the_cpu(name):
     assert sum(shares) / len(shares) > 0.95
     assert abs(losses[1] / losses[0] - 1) < 0.02
     assert report.seconds["forward"] > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_streamed_as_whole(name):
+    tiny = MODELS[name]
+    data = batches() if name == "llama" else [tiny.inputs()] * 2
+    moved = [{k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in data]
+    whole, streamed, config = tiny.build().to("cuda"), tiny.build(), GPTQConfig(group_size=32)
+    gptq_fx.quantize(whole, config, moved, progress=False)
+    report = gptq_fx.quantize(streamed, config, data, device="cuda", max_memory="1GB", progress=False)
+    assert {p.device.type for p in streamed.parameters()} == {"cpu"}
+    ours, theirs = codes(streamed), codes(whole)
+    same = sum(int((ours[n] == theirs[n].cpu()).sum()) for n in ours) / sum(c.numel() for c in ours.values())
+    print(f"{name}, streamed: {1 - same:.5f} of the integers differ")
+    assert ours.keys() == theirs.keys()
+    assert same > 0.99
+    assert report.seconds["transfer"] > 0
+
+
+def test_streaming_keeps_to_its_memory():
+    """A model of 1.4 GB in 1 GB."""
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=4096, num_hidden_layers=20, num_attention_heads=16,
+        num_key_value_heads=4, vocab_size=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    data = [{"input_ids": torch.randint(512, (2, 512))} for _ in range(8)]
+    assert sum(p.nbytes for p in model.parameters()) > 1.3e9
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gptq_fx.quantize(model, GPTQConfig(), data, device="cuda", max_memory="1GB", progress=False)
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"peak {peak / 1e9:.3f} GB")
+    assert peak < 1e9
