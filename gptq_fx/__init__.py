@@ -16,6 +16,7 @@ from gptq_fx.errors import (
     WeightError,
 )
 from gptq_fx.explain import explain
+from gptq_fx.exported import quantize_exported
 from gptq_fx.hf import HFConfig
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.quantize import quantize
@@ -51,5 +52,6 @@ __all__ = [
     "explain",
     "from_pretrained",
     "quantize",
+    "quantize_exported",
     "save_pretrained",
 ]

@@ -67,12 +67,17 @@ def make_plan(
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     root = root if is_dynamo(graph) else None
     restore_marks(root)
+    gradients = any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    embeddings = (m for m in root.modules() if isinstance(m, nn.Embedding)) if root else ()
+    tables = frozenset(id(m.weight) for m in embeddings)
     return Plan(
         config,
         kernel,
         dict(zip(placeholders, values, strict=True)),
         parameter_names(graph, values, root),
         explicit,
+        gradients and torch.is_grad_enabled(),
+        tables,
     )
 
 
@@ -103,8 +108,10 @@ class Compiled:
         dropped = {node for node in swapped if not node.users}
         for node in dropped:
             graph.graph.erase_node(node)
-        self.replaces = bool(plan.operands)
-        if self.replaces:
+        # Where gradients flow, the graph is one for training; every other that holds quantized weights is
+        # compiled for inference.
+        self.infers = bool(plan.operands) and not plan.trains
+        if self.infers:
             _drop_grad_modes(graph)
         graph.recompile()
         self.keep = [i for node, i in position.items() if node not in dropped]
@@ -114,8 +121,7 @@ class Compiled:
             _warn_of_dense_weights()
 
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        # Quantized weights have no gradient: a graph that holds some is compiled for inference.
-        with torch.no_grad() if self.replaces else contextlib.nullcontext():
+        with torch.no_grad() if self.infers else contextlib.nullcontext():
             name = self.options.inner_backend
             if name is None:
                 name = default_inner_backend(v.device.type for v in inputs if isinstance(v, Tensor))
@@ -130,9 +136,7 @@ class Compiled:
             self._check(args)
         packs = self.packs(args)
         inputs = [args[i] for i in self.keep]
-        if not self.replaces:
-            return self.inner(*inputs, *packs)
-        if not torch.is_grad_enabled():
+        if not self.infers or not torch.is_grad_enabled():
             return self.inner(*inputs, *packs)
         with torch.no_grad():
             outputs = self.inner(*inputs, *packs)
@@ -211,6 +215,7 @@ class _NoBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise GPTQError(
-            "backward through a graph with quantized weights: they were replaced for inference and "
-            "have no gradient. Train the dense model, or run under torch.no_grad()"
+            "backward through weights that are quantized while they are compiled, and ask for a gradient, "
+            "which they do not get. Legal: model.requires_grad_(False), or gptq_fx.quantize(model), before "
+            "compiling, which freeze them; torch.no_grad()"
         )

@@ -9,7 +9,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from gptq_fx.errors import CalibrationError
 from gptq_fx.experts import IMPLEMENTATION
@@ -25,6 +28,16 @@ Staged = Callable[[fx.GraphModule, tuple[Any, ...]], StagedGraph]
 
 def check_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
     """The batches, each of which must be a mapping of arguments that the model's forward knows."""
+    checked = _listed(batches)
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for i, batch in enumerate(checked):
+        _check(i, batch, named, takes_any, _device(model))
+    return checked
+
+
+def _listed(batches: Iterable[Batch]) -> list[Batch]:
     if isinstance(batches, (Mapping, str, Tensor)) or not isinstance(batches, Iterable):
         raise CalibrationError(
             f"calibration: found one {type(batches).__name__}. Legal: a list, or another iterable, of "
@@ -33,11 +46,6 @@ def check_batches(model: nn.Module, batches: Iterable[Batch]) -> list[Batch]:
     checked = list(batches)
     if not checked:
         raise CalibrationError("calibration: found no batches. Legal: at least one, or calibration=None")
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    for i, batch in enumerate(checked):
-        _check(i, batch, named, takes_any, _device(model))
     return checked
 
 
@@ -87,6 +95,65 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(configs.values())
 
 
+def bind(
+    program: ExportedProgram, batches: Iterable[Batch], values: Sequence[Any]
+) -> list[tuple[Batch, list[Any]]]:
+    """Each batch, a dict of a program's inputs by name, with a value for each of its placeholders.
+
+    values: those of the placeholders for parameters and buffers. An input that is no tensor and not in the
+    batch keeps the value that the program was exported with.
+    Raises CalibrationError where the program does not take a batch.
+    """
+    places = [i for i, s in enumerate(program.graph_signature.input_specs) if s.kind is InputKind.USER_INPUT]
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    signature = program.module_call_graph[0].signature
+    names = signature.forward_arg_names if signature is not None else None
+    if signature is None or names is None:
+        raise CalibrationError(
+            "calibration: the program does not say the names of its arguments; export it anew"
+        )
+    args, kwargs = program.example_inputs or ((), {})
+    examples = {**dict(zip(names, args, strict=False)), **kwargs}
+    bound = []
+    for i, batch in enumerate(_listed(batches)):
+        _check(i, batch, names, False, None)
+        given = {name: _argument(i, name, names, batch, examples) for name in names}
+        positional = len(names) - len(kwargs)
+        inputs = tuple(given[n] for n in names[:positional]), {n: given[n] for n in names[positional:]}
+        flat, spec = pytree.tree_flatten(inputs)
+        if spec != signature.in_spec:
+            raise CalibrationError(f"batch {i}: found inputs of the form {spec}. Legal: {signature.in_spec}")
+        for place, value in zip(places, flat, strict=True):
+            _check_shape(i, nodes[place], value)
+        found = list(values)
+        for place, value in zip(places, flat, strict=True):
+            found[place] = value
+        bound.append((batch, found))
+    return bound
+
+
+def _argument(i: int, name: str, names: Sequence[str], batch: Batch, examples: Mapping[str, Any]) -> Any:
+    if name in batch:
+        return batch[name]
+    leaves = pytree.tree_leaves(examples.get(name, torch.empty(0)))
+    if any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise CalibrationError(f"batch {i}: found no {name!r}. Legal: {', '.join(names)}, all of them")
+    return examples[name]
+
+
+def _check_shape(i: int, node: fx.Node, value: Any) -> None:
+    """Whether a program can be called with a value: fixed sizes as it was exported, free ones as they are."""
+    wanted = node.meta["val"]
+    if not isinstance(wanted, Tensor):
+        return
+    fits = isinstance(value, Tensor) and value.ndim == wanted.ndim and value.dtype == wanted.dtype
+    if not fits or any(isinstance(w, int) and w != v for w, v in zip(wanted.shape, value.shape, strict=True)):
+        found = f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise CalibrationError(
+            f"batch {i}: {node.name} is {found}. Legal: {list(wanted.shape)} {wanted.dtype}, as exported"
+        )
+
+
 class _Recorded(Exception):
     """Thrown when a graph is called: the values of its placeholders are all that is wanted."""
 
@@ -116,7 +183,13 @@ def _record(model: nn.Module, batch: Batch, i: int, staged: Staged) -> Run:
             f"{_first_lines(error)}\nLegal: a model without the break; or GPTQConfig(sequential=False), "
             "which observes all of its graphs in one pass"
         ) from error
-    raise CalibrationError(f"batch {i}: Dynamo found no tensor code in the model's forward")
+    except RuntimeError as error:  # Dynamo's, of a function that it has given up before
+        if "no compiled frames" not in str(error):
+            raise
+    raise CalibrationError(
+        f"batch {i}: Dynamo made no graph of the forward: it has no tensor code, or is not one graph. "
+        "Legal: GPTQConfig(sequential=False), which observes whatever graphs there are"
+    )
 
 
 def _first_lines(error: Exception) -> str:

@@ -26,9 +26,9 @@ from gptq_fx.passes import run as run_passes
 from gptq_fx.passes.calibrate import Run, Stage, StagedGraph, Tap, WeightOf
 from gptq_fx.passes.capture import capture
 from gptq_fx.passes.match import match
-from gptq_fx.passes.plan import Site
+from gptq_fx.passes.plan import Plan, Site
 from gptq_fx.passes.retarget import retarget
-from gptq_fx.phases import Phases, measuring, phase
+from gptq_fx.phases import Phases, measuring, phase, settle
 from gptq_fx.progress import bar
 from gptq_fx.ranks import ALONE, Ranks
 from gptq_fx.resume import Store
@@ -74,29 +74,66 @@ def calibrate(
     ranks.check_replicas(model, checked)
     progress = progress and ranks.rank == 0
     mover = None if max_memory is None or device is None else Mover(torch.device(device), max_memory)
-    job = _Job(model, ranks.share(checked), config, device, progress, ranks, mover)
+    job = _Job(names_by_id(model), ranks.share(checked), config, device, progress, ranks, mover)
     if resume_dir is not None and not config.sequential:
         raise CalibrationError("resume_dir: without sequential there are no stages to resume from")
+
+    def staged(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> StagedGraph:
+        if gm not in job.graphs:
+            graph, values = capture(gm, inputs)
+            job.graphs[gm] = job.stage(graph, make_plan(graph, values, config, root=model))
+        return job.graphs[gm]
+
+    def observed(index: int, take: Take) -> None:
+        def run(gm: fx.GraphModule, args: tuple[Any, ...]) -> Any:
+            return job.observe(staged(gm, args).start(args, index), take)
+
+        observe(model, (), job.batches[index], run)
+
     phases = Phases(torch.device(device) if device is not None else next(model.parameters()).device)
     with for_calibration(model), measuring(phases):
         if config.sequential:
-            _in_sequence(job, Store(resume_dir, model, config, job.batches), phases)
+            with ranks.together():
+                runs = record(model, job.batches, staged)
+            _in_sequence(job, runs, Store(resume_dir, model, config, job.batches))
         else:
-            _at_once(job)
-    phases.settle()
+            _at_once(job, observed)
+        settle()
     return job.linears, phases
+
+
+def calibrate_graph(
+    graph: fx.GraphModule,
+    plan: Plan,
+    batches: Sequence[tuple[Batch, Sequence[Any]]],
+    *,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[int, Linear]:
+    """The same for a model that is one graph, of which each batch has the values of all placeholders."""
+    names = {
+        id(value): plan.names(node) for node, value in plan.values.items() if isinstance(value, nn.Parameter)
+    }
+    job = _Job(names, [batch for batch, _ in batches], plan.config, device, progress)
+    staged = job.stage(graph, plan)
+    runs = [staged.start(values, i) for i, (_, values) in enumerate(batches)]
+    if plan.config.sequential:
+        _in_sequence(job, runs, Store(None, None, plan.config, job.batches))
+    else:
+        _at_once(job, lambda index, take: job.observe(runs[index], take))
+    return job.linears
 
 
 @dataclass
 class _Job:
     """What both ways of calibration share: the batches, and the weights found so far."""
 
-    model: nn.Module
+    names: dict[int, tuple[str, ...]]  # of parameters, by id
     batches: Sequence[Batch]
     config: GPTQConfig
     device: torch.device | str | None
     progress: bool
-    ranks: Ranks
+    ranks: Ranks = ALONE
     mover: Mover | None = None
     linears: dict[int, Linear] = field(default_factory=dict)
     graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
@@ -108,24 +145,15 @@ class _Job:
         self.settings = Settings(
             c.damp_percent, c.act_group_aware, c.static_groups, c.scale_search, c.mse, c.gptaq
         )
-        self.names = names_by_id(self.model)
 
-    def staged(self, gm: fx.GraphModule, inputs: tuple[Any, ...]) -> StagedGraph:
-        """The stages of a graph, found when it is first called."""
-        if gm not in self.graphs:
-            self.graphs[gm] = self._stage(gm, inputs)
-        return self.graphs[gm]
-
-    def _stage(self, gm: fx.GraphModule, inputs: tuple[Any, ...]) -> StagedGraph:
-        graph, values = capture(gm, inputs)
-        plan = make_plan(graph, values, self.config, root=self.model)
+    def stage(self, graph: fx.GraphModule, plan: Plan) -> StagedGraph:
+        """The stages of a graph."""
         run_passes(graph, plan, [match])
         found = {site: self.find(site, plan.tensor(site.weight)) for site in plan.sites}
         if self.config.sequential:
             if self.mover is None:
                 return StagedGraph(graph, plan, lambda site: found[site].scheme)
-            home = next(self.model.parameters()).device
-            retarget(graph, home, self.mover.device)
+            retarget(graph, torch.device("cpu"), self.mover.device)
             return StagedGraph(
                 graph, plan, lambda site: found[site].scheme, self.mover.here, self.mover.count
             )
@@ -155,6 +183,10 @@ class _Job:
         if decision.scheme is not None and not isinstance(weight, QuantizedParameter):
             check_finite(weight, name)
         return decision
+
+    def observe(self, run: Run, take: Take) -> Any:
+        """Run a batch to the end, by the dense weights."""
+        return run.graph.advance(run, None, self.tap(take), lambda weight: weight)
 
     def tap(self, take: Take) -> Tap:
         """Take what reaches linears whose weights are still to be quantized."""
@@ -220,10 +252,8 @@ class _Job:
 # --- stage by stage
 
 
-def _in_sequence(job: _Job, store: Store, phases: Phases) -> None:
+def _in_sequence(job: _Job, runs: Sequence[Run], store: Store) -> None:
     """Each stage is quantized on what the stages before it, quantized already, make of the batches."""
-    with job.ranks.together():
-        runs = record(job.model, job.batches, job.staged)
     # With gptaq each batch also runs through the dense model.
     originals = [run.again() for run in runs] if job.settings.gptaq else [None] * len(runs)
     stages = {run.graph: {_key(run, stage): stage for stage in run.graph.stages} for run in runs}
@@ -254,7 +284,7 @@ def _in_sequence(job: _Job, store: Store, phases: Phases) -> None:
             except torch.OutOfMemoryError as error:
                 place = f"stage {number + 1} of {len(order)} ({linears[0].name})"
                 raise OutOfMemoryError(_what_to_set(place, store)) from error
-            phases.settle()
+            settle()
             shown.set_postfix_str(_losses(linears))
 
 
@@ -347,19 +377,15 @@ class _Dequantized:
 # --- all at once
 
 
-def _at_once(job: _Job) -> None:
+def _at_once(job: _Job, observed: Callable[[int, Take], None]) -> None:
     """Every linear is quantized on what the dense model makes of the batches, whatever graphs it has."""
     with job.ranks.together(), bar(len(job.batches), "observing", show=job.progress) as shown:
-        for index, batch in enumerate(job.batches):
+        for index in range(len(job.batches)):
 
             def take(key: Key, x: Rows, index: int = index) -> None:
                 job.add(key, index, x)
 
-            def run(gm: fx.GraphModule, args: tuple[Any, ...], take: Take = take, index: int = index) -> Any:
-                graph = job.staged(gm, args)
-                return graph.advance(graph.start(args, index), None, job.tap(take), lambda weight: weight)
-
-            observe(job.model, (), batch, run)
+            observed(index, take)
             shown.update()
     stages = _disjoint(job.hessians)
     job.ranks.check_same("weights with inputs", [[job.linears[i].name for i in key] for key in stages])

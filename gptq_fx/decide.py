@@ -13,6 +13,7 @@ from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Rule, Scheme
 
 LEFT_DENSE = "_gptq_left_dense"
+ADDED = "added to a model that was quantized before, as adapters are: options quantize it"
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,17 @@ def leave_dense(module: nn.Module, name: str, reason: str) -> None:
 
 
 def restore_marks(root: nn.Module | None) -> None:
-    """Mark the parameters of `root` as their modules say."""
+    """Mark the parameters of `root` as their modules say, and what was added since it was quantized."""
     for module in root.modules() if root is not None else ():
         for name, reason in module.__dict__.get(LEFT_DENSE, {}).items():
             parameter = getattr(module, name, None)
             if isinstance(parameter, Tensor) and not isinstance(parameter, QuantizedParameter):
                 setattr(parameter, LEFT_DENSE, reason)
+    parameters = list(root.parameters()) if root is not None else []
+    if any(isinstance(p, QuantizedParameter) for p in parameters):
+        for parameter in parameters:
+            if not isinstance(parameter, QuantizedParameter) and not hasattr(parameter, LEFT_DENSE):
+                setattr(parameter, LEFT_DENSE, ADDED)
 
 
 def decide(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
+from gptq_fx.gradients import flows, trained_experts
 from gptq_fx.handles import handle_block
 from gptq_fx.modes import as_autocast
 from gptq_fx.packed import run_experts
@@ -58,11 +59,18 @@ def _block(quantized: type[QuantizedParameter], call: spelling.Block) -> Tensor:
                 "gptq::quantized_experts: found a dense stack beside a quantized one. Legal: both of a kind"
             )
     packs = [stack._packed for stack in stacks]
+    gate_up, down = stacks
 
     def run(x: Tensor) -> Tensor:
+        by_handle = call._replace(x=x, gate_up=gate_up.handle, down=down.handle)
+        y: Tensor
+        if flows(x, call.weights, call.gate_up_bias, call.down_bias):
+            width = gate_up.shape[-1 if gate_up.transposed else -2]
+            y = trained_experts(*by_handle, gate_up.shape[0], width)
+            return y
         if None in packs or type(x) not in (Tensor, torch.nn.Parameter):
-            y: Tensor = handle_block(*call._replace(x=x, gate_up=stacks[0].handle, down=stacks[1].handle))
+            y = handle_block(*by_handle)
             return y
         return run_experts(*call._replace(x=x, gate_up=packs[0], down=packs[1]))
 
-    return as_autocast(run, call.x, stacks[0].dtype).to(call.x.dtype)
+    return as_autocast(run, call.x, gate_up.dtype).to(call.x.dtype)

@@ -1,4 +1,8 @@
-"""The ops that take a quantized weight by its handle: what eager code and other backends trace."""
+"""The ops that take a quantized weight by its handle: what eager code, other backends and graphs with
+gradients (see gradients.py) trace.
+
+gathered: the inputs of a weight in act-order come in the order of its pack.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +16,25 @@ from gptq_fx.packed import live, run_experts
 
 
 @define_opaque(
-    "handle_linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor",
-    fake=lambda x, handle, bias, out_features: x.new_empty(*x.shape[:-1], out_features),
+    "handle_linear(Tensor x, Tensor handle, Tensor? bias, int out_features, bool gathered=False) -> Tensor",
+    fake=lambda x, handle, bias, out_features, gathered=False: x.new_empty(*x.shape[:-1], out_features),
 )
-def handle_linear(x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """x [*, K] -> [*, N] by the weight that `handle` names: for graphs that other backends trace."""
-    return live(handle).linear(x, bias)
+def handle_linear(
+    x: Tensor, handle: Tensor, bias: Tensor | None, out_features: int, gathered: bool = False
+) -> Tensor:
+    """x [*, K] -> [*, N] by the weight that `handle` names."""
+    return live(handle).linear(x, bias, gathered)
 
 
 @define_opaque(
-    "handle_grouped(Tensor x, Tensor handle, Tensor ends, int out_features) -> Tensor",
-    fake=lambda x, handle, ends, out_features: x.new_empty(x.shape[0], out_features),
+    "handle_grouped(Tensor x, Tensor handle, Tensor ends, int out_features, bool gathered=False) -> Tensor",
+    fake=lambda x, handle, ends, out_features, gathered=False: x.new_empty(x.shape[0], out_features),
 )
-def handle_grouped(x: Tensor, handle: Tensor, ends: Tensor, out_features: int) -> Tensor:
+def handle_grouped(
+    x: Tensor, handle: Tensor, ends: Tensor, out_features: int, gathered: bool = False
+) -> Tensor:
     """x [S, K] -> [S, N] by the experts that `handle` names, as QuantizedParameter.grouped."""
-    return live(handle).grouped(x, ends)
+    return live(handle).grouped(x, ends, gathered)
 
 
 @define_opaque(

@@ -46,16 +46,23 @@ class Pack:
             return self.tensors
         return tuple(None if t is None else t.contiguous() for t in self.tensors)
 
-    def unpacked(self) -> QuantizedWeight:
-        """The canonical form; the pack stays."""
+    def unpacked(self, gathered: bool = False) -> QuantizedWeight:
+        """The canonical form; the pack stays. gathered: with the inputs in the order of the pack."""
         weight = self.kernel.unpack_all(self.tensors, self.layout)
-        return weight if self.order is None else unsort(weight, self.order)
+        return weight if self.order is None or gathered else unsort(weight, self.order)
 
-    def expert(self, index: int) -> QuantizedWeight:
+    def dense(self, dtype: torch.dtype, gathered: bool = False) -> Tensor:
+        """The dense weight [N, K]; gathered: with the inputs in the order of the pack."""
+        own = self.kernel.dequantize
+        if own is None or self.layout.experts is not None or (self.order is not None and not gathered):
+            return self.unpacked(gathered).dequantize(dtype)
+        return own(self.call_tensors(), self.layout).to(dtype)
+
+    def expert(self, index: int, gathered: bool = False) -> QuantizedWeight:
         """The canonical form of one expert of a stack; the others are not touched."""
         one = tuple(None if t is None else t[index : index + 1] for t in self.tensors)
         weight = self.kernel.unpack_all(one, replace(self.layout, experts=1)).expert(0)
-        return weight if self.order is None else unsort(weight, self.order[index])
+        return weight if self.order is None or gathered else unsort(weight, self.order[index])
 
 
 class PackedWeight:
@@ -142,11 +149,14 @@ class PackedWeight:
     def call_tensors(self) -> Tensors:
         return self.pack.call_tensors()
 
-    def unpacked(self) -> QuantizedWeight:
-        return self.pack.unpacked()
+    def unpacked(self, gathered: bool = False) -> QuantizedWeight:
+        return self.pack.unpacked(gathered)
 
-    def expert(self, index: int) -> QuantizedWeight:
-        return self.pack.expert(index)
+    def dense(self, dtype: torch.dtype, gathered: bool = False) -> Tensor:
+        return self.pack.dense(dtype, gathered)
+
+    def expert(self, index: int, gathered: bool = False) -> QuantizedWeight:
+        return self.pack.expert(index, gathered)
 
     def lower(self, kernel: Kernel, sorted: bool | None = None) -> Pack:
         """Take the layout of `kernel`, if the weight is not in it; `sorted`, or as the kernel wants it.
@@ -174,17 +184,17 @@ class PackedWeight:
         self.order, self.error = other.order, other.error
         self.pack = replace(other.pack, merged=None, start=0)
 
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [*, K] -> [*, N]."""
+    def linear(self, x: Tensor, bias: Tensor | None, gathered: bool = False) -> Tensor:
+        """x [*, K] -> [*, N]; gathered: x is in the order of the pack already."""
         pack = self.pack
-        if pack.order is not None:
+        if pack.order is not None and not gathered:
             x = gather(x, pack.order)
         return pack.kernel.call(x, pack.call_tensors(), bias, pack.layout)
 
-    def grouped(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]."""
+    def grouped(self, x: Tensor, ends: Tensor, gathered: bool = False) -> Tensor:
+        """x [S, K], rows ends[e - 1] to ends[e] for expert e -> [S, N]; gathered: as for `linear`."""
         pack = self.pack
-        if pack.order is not None:
+        if pack.order is not None and not gathered:
             x = gather_grouped(x, pack.order, ends)
         op, rest = grouped.call(pack.kernel, "grouped", pack.call_tensors(), ends, pack.layout)
         return op(x, *rest)  # type: ignore[no-any-return]

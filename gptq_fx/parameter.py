@@ -11,6 +11,7 @@ from torch import Tensor
 from gptq_fx import spelling
 from gptq_fx.errors import DenseUseError
 from gptq_fx.expert_calls import run_stack
+from gptq_fx.gradients import flows
 from gptq_fx.handles import handle_experts, handle_grouped, handle_linear
 from gptq_fx.modes import as_autocast
 from gptq_fx.packed import PackedWeight
@@ -33,8 +34,9 @@ class QuantizedParameter(torch.Tensor):
     siblings, after a graph was traced. Scheme, shape, dtype and whether there is an order to sort it by
     are in the flatten metadata, which Dynamo guards: layers of different schemes never share a graph.
 
-    Linear calls on it run the kernel it is packed for. detach, clone, deepcopy, to, t, state_dict,
-    load_state_dict, torch.save and torch.load work; any other dense operation raises DenseUseError.
+    Linear calls on it run the kernel it is packed for, and give their inputs a gradient. detach, clone,
+    deepcopy, to, t, state_dict, load_state_dict, torch.save and torch.load work; any other dense operation
+    raises DenseUseError.
     `numel` counts logical elements; `nbytes` and `nelement() * element_size()` count stored bytes,
     as transformers' get_memory_footprint needs.
 
@@ -117,7 +119,7 @@ class QuantizedParameter(torch.Tensor):
         out_features = self.shape[1 if self.transposed else 0]
 
         def run(x: Tensor) -> Tensor:
-            if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+            if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter) and not flows(x, bias):
                 return self._packed.linear(x, bias)
             y: Tensor = handle_linear(x, self.handle, bias, out_features)
             return y
@@ -130,7 +132,7 @@ class QuantizedParameter(torch.Tensor):
             raise DenseUseError(f"{self.fqn}: {list(self.shape)} is no stack of experts for this call")
 
         def run(x: Tensor) -> Tensor:
-            if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter):
+            if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter) and not flows(x):
                 return self._packed.grouped(x, ends)
             y: Tensor = handle_grouped(x, self.handle, ends, self.shape[-1 if self.transposed else -2])
             return y
@@ -181,6 +183,10 @@ class QuantizedParameter(torch.Tensor):
         spelled = spelling.read(func, args, kwargs)
         if spelled and isinstance(spelled.weight, cls) and not isinstance(spelled.x, cls):
             return spelled.weight.linear(spelled.x, spelled.bias, spelled.transposed)
+        if spelled and isinstance(spelled.x, cls) and _on_the_left(spelled):
+            return spelled.x.linear(spelled.weight.mT, None, False).mT
+        if func is spelling.ATTENTION:
+            return spelling.attention(*args, **kwargs)
         y = run_stack(cls, func, args, kwargs)
         if y is not None:
             return y
@@ -236,6 +242,13 @@ def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _flat(args: Any) -> Any:
     for a in args:
         yield from _flat(a) if isinstance(a, (list, tuple)) else (a,)
+
+
+def _on_the_left(spelled: spelling.Spelled) -> bool:
+    """Whether it is W @ x, with the weight where x is wanted; x has rows."""
+    W, x = spelled.x, spelled.weight
+    product = spelled.transposed and spelled.bias is None
+    return product and W.ndim == 2 and x.ndim > 1 and not isinstance(x, QuantizedParameter)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -80,3 +80,10 @@ def phase(name: str) -> Iterator[None]:
         return
     with phases.measure(name):
         yield
+
+
+def settle() -> None:
+    """Add up what was measured so far, where somebody measures."""
+    phases = _current.get()
+    if phases is not None:
+        phases.settle()

@@ -25,6 +25,7 @@ from gptq_fx.parameter import QuantizedParameter, as_parameter
 from gptq_fx.progress import progress as with_progress
 from gptq_fx.ranks import Ranks
 from gptq_fx.report import Report
+from gptq_fx.scheme import Scheme
 from gptq_fx.shard import cut
 from gptq_fx.streaming import parse_bytes
 
@@ -181,7 +182,7 @@ def _modules(model: nn.Module, config: GPTQConfig, reached: dict[int, Linear]) -
         if not isinstance(weight, Tensor) or weight.is_meta:
             continue
         linear = reached.get(id(weight))
-        known = linear is not None and not linear.refused
+        known = linear is not None and not (linear.refused and isinstance(weight, QuantizedParameter))
         kind = linear.kind if known and linear else _kind(model, name, id(weight) in tables)
         twin = first.get((id(weight), kind))
         calibrated = linear.quantized if linear else None
@@ -285,21 +286,31 @@ def _make(
         return
     scheme = weight.decision.scheme
     assert scheme is not None
-    quantized, dense = weight.calibrated, weight.parameter
-    if quantized is not None:
-        packed = PackedWeight(quantized.weight, scheme, quantized.error)
-    else:
-        with torch.no_grad():
-            matrix = gathered(dense).to(device)
-            matrix = matrix.mT if weight.transposed else matrix
-            rounded = round_to_nearest(matrix, scheme, weight.name)
-            error = relative_error(matrix, rounded)
-            part = part_of(dense, weight.transposed, weight.name)
-            if part is not None:
-                rounded, scheme = cut(rounded, scheme, part)
-            packed = PackedWeight(rounded.to(dense.device), scheme, error)
+    packed = pack(weight.parameter, scheme, weight.name, weight.transposed, weight.calibrated, device)
     parameter = QuantizedParameter(packed, weight.name, weight.transposed)
     made[_same(weight)] = as_parameter(parameter)
+
+
+def pack(
+    dense: Tensor,
+    scheme: Scheme,
+    name: str,
+    transposed: bool,
+    calibrated: Quantized | None,
+    device: torch.device | str | None,
+) -> PackedWeight:
+    """A weight [*, N, K] ([*, K, N] if `transposed`) as calibration made it, or rounded to nearest."""
+    if calibrated is not None:
+        return PackedWeight(calibrated.weight, scheme, calibrated.error)
+    with torch.no_grad():
+        matrix = gathered(dense).to(device)
+        matrix = matrix.mT if transposed else matrix
+        rounded = round_to_nearest(matrix, scheme, name)
+        error = relative_error(matrix, rounded)
+        part = part_of(dense, transposed, name)
+        if part is not None:
+            rounded, scheme = cut(rounded, scheme, part)
+        return PackedWeight(rounded.to(dense.device), scheme, error)
 
 
 def _untie(model: nn.Module, chosen: list[_Weight]) -> None:

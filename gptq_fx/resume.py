@@ -33,12 +33,12 @@ class Store:
     def __init__(
         self,
         folder: str | None,
-        model: nn.Module,
+        model: nn.Module | None,
         config: GPTQConfig,
         batches: Sequence[Mapping[str, Any]],
     ) -> None:
         self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
+        if self.folder is None or model is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         own = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,9 @@ LINEAR: dict[Any, Callable[..., Spelled | None]] = {
     torch.Tensor.addmm: _addmm,
     torch.ops.aten.mm.default: _matmul,
     torch.ops.aten.addmm.default: _addmm,
+    torch.ops.aten.matmul.default: _matmul,
     torch.functional.einsum: _einsum,
+    torch.ops.aten.einsum.default: _einsum,
 }
 
 
@@ -141,7 +144,7 @@ def read_block(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bloc
 
 
 # Calls that swap the last two dimensions: name of the function, method or attribute.
-TRANSPOSES = {"t", "T", "mT", "H", "transpose", "swapaxes", "permute", "adjoint", "swapdims"}
+TRANSPOSES = {"t", "T", "numpy_T", "mT", "H", "transpose", "swapaxes", "permute", "adjoint", "swapdims"}
 
 
 def swaps_two_dims(name: str, args: tuple[Any, ...], ndim: int) -> bool:
@@ -154,6 +157,17 @@ def swaps_two_dims(name: str, args: tuple[Any, ...], ndim: int) -> bool:
         dims = args[0] if len(args) == 1 else args
         return [d % ndim for d in dims] == [*range(ndim - 2), ndim - 1, ndim - 2]
     return not args and (ndim == 2 or name in ("mT", "adjoint"))
+
+
+# torch's own attention, which takes the weights of its projections as arguments, and the same code
+# without the question whether one of them overrides it: the linears in it are asked one by one.
+ATTENTION = F.multi_head_attention_forward
+attention = FunctionType(
+    ATTENTION.__code__,
+    {**ATTENTION.__globals__, "has_torch_function": lambda args: False},
+    ATTENTION.__name__,
+    ATTENTION.__defaults__,
+)
 
 
 def read(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Spelled | None:

@@ -8,6 +8,7 @@
     fuse      gptq::linear x n on one input -> one
     attention attention on repeated keys and values -> on the keys and values
     lower     gptq::linear -> the op of the chosen kernel, on packed weights
+    exported  a program of torch.export as a graph for these passes, and made of it again (around them)
 
 A pass is a function of (GraphModule, Plan) that returns how many changes it made.
 """

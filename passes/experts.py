@@ -19,8 +19,11 @@ from gptq_fx import spelling
 from gptq_fx.kernels import LinearSpec, block, get_kernel, grouped
 from gptq_fx.passes.plan import ExpertsCall
 
+aten = torch.ops.aten
+
 BMM = {"bmm", "matmul", "__matmul__", "aten.bmm", "aten.matmul"}
-GETITEM = (operator.getitem, torch.Tensor.__getitem__, "__getitem__")
+# W[ids]
+PICKING = (operator.getitem, torch.Tensor.__getitem__, "__getitem__", aten.index.Tensor)
 
 # (the stack's placeholder, whether it is [E, K, N], how it is called)
 Found = tuple[fx.Node, bool, ExpertsCall]
@@ -71,7 +74,7 @@ def read_block(node: fx.Node, stacks: Collection[fx.Node]) -> list[tuple[fx.Node
 def _product(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(a, b) of a batched a @ b."""
     args = (*node.args, *node.kwargs.values())
-    if spelling.call_name(node.target) == "einsum":
+    if spelling.call_name(node.target) in ("einsum", "aten.einsum"):
         equation, *args = args  # type: ignore[assignment]
         if len(args) == 1 and isinstance(args[0], (list, tuple)):
             args = tuple(args[0])
@@ -96,10 +99,12 @@ def _is_product(equation: Any) -> bool:
 def _picked(node: Any, stacks: Collection[fx.Node], through: Through) -> tuple[fx.Node, fx.Node, bool] | None:
     """(W, ids, flipped) of W[ids], with one expert for each row."""
     picked, outer = through(node)
-    if picked is None or picked.target not in GETITEM or len(picked.args) != 2:
+    if picked is None or picked.target not in PICKING or len(picked.args) != 2:
         return None
     weight, inner = through(picked.args[0])
-    ids = picked.args[1]
+    ids: Any = picked.args[1]
+    if picked.target is aten.index.Tensor and len(ids) == 1:
+        (ids,) = ids
     if weight not in stacks or not isinstance(ids, fx.Node) or _ndim(ids) != 1:
         return None
     assert weight is not None
@@ -126,7 +131,7 @@ def insert(
         target, rest = grouped.call(get_kernel("reference"), form, inputs, which, spec)
         return gm.graph.call_function(target, (x, *rest))
 
-    method = gm.graph.call_method
+    function = gm.graph.call_function
     if call.form == "grouped":
         assert call.which is not None
         node = op("grouped", call.x, call.which)
@@ -134,15 +139,15 @@ def insert(
     if call.form == "indexed":
         assert call.which is not None
         dim = 1 if call.x.meta["example_value"].shape[1] == 1 else 2
-        node = op("indexed", method("squeeze", (call.x, dim)), call.which)
-        return node, method("unsqueeze", (node, dim))
-    rows = method("size", (call.x, 1))
-    count = gm.graph.call_function(operator.mul, (rows, spec.experts))
-    stop = gm.graph.call_function(operator.add, (count, 1))
+        node = op("indexed", function(aten.squeeze.dim, (call.x, dim)), call.which)
+        return node, function(aten.unsqueeze.default, (node, dim))
+    rows = function(aten.sym_size.int, (call.x, 1))
+    count = function(operator.mul, (rows, spec.experts))
+    stop = function(operator.add, (count, 1))
     device = {"device": call.x.meta["example_value"].device}
-    ends = gm.graph.call_function(torch.arange, (rows, stop, rows), device)
-    node = op("grouped", method("reshape", (call.x, -1, spec.in_features)), ends)
-    return node, method("reshape", (node, spec.experts, rows, spec.out_features))
+    ends = function(aten.arange.start_step, (rows, stop, rows), device)
+    node = op("grouped", function(aten.reshape.default, (call.x, [-1, spec.in_features])), ends)
+    return node, function(aten.reshape.default, (node, [spec.experts, rows, spec.out_features]))
 
 
 def insert_block(
@@ -162,7 +167,7 @@ def insert_block(
 # --- whose rows they are
 
 # Calls whose result has the rows of their first argument, in other places or more than once.
-MOVES = {*GETITEM, "index_select", "repeat", "repeat_interleave"}
+MOVES = {*PICKING, "index_select", "repeat", "repeat_interleave"}
 STAYS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "contiguous"}
 CASTS = {"to", "type_as", "float", "half", "bfloat16"}
 
@@ -174,12 +179,17 @@ def moves_to(x: fx.Node) -> list[fx.Node]:
         path.append(x)
         x = x.args[0]
     moves = [n for n in path if _name(n) in MOVES]
-    picks = all(isinstance(n.args[1], fx.Node) for n in moves if n.target in GETITEM)
+    picks = all(_by_one_node(n.args[1]) for n in moves if n.target in PICKING)
     return path[::-1] if moves and picks else []
 
 
+def _by_one_node(index: Any) -> bool:
+    (index,) = index if isinstance(index, (list, tuple)) and len(index) == 1 else (index,)
+    return isinstance(index, fx.Node)
+
+
 def _name(node: fx.Node) -> Any:
-    return node.target if node.target in GETITEM else spelling.call_name(node.target)
+    return node.target if node.target in PICKING else spelling.call_name(node.target)
 
 
 def expert_rows(form: str, experts: int, x: torch.Tensor, which: torch.Tensor | None) -> list[torch.Tensor]:

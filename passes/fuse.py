@@ -16,6 +16,8 @@ from gptq_fx.passes.rewrites import allowed
 from gptq_fx.passes.swap import canonical_examples
 from gptq_fx.passes.writes import writes_before
 
+aten = torch.ops.aten
+
 
 def fuse(gm: fx.GraphModule, plan: Plan) -> int:
     """q = gptq::linear(x, Wq, bq), k = gptq::linear(x, Wk), ... (also gate and up) become
@@ -59,13 +61,15 @@ def _fuse(gm: fx.GraphModule, plan: Plan, group: list[Operand]) -> Operand:
     # The first of them stands behind x, and before every use of any.
     with gm.graph.inserting_before(group[0].node):
         whole = gm.graph.call_function(ops.linear, (x, *inputs, None, bits))
-        parts = gm.graph.call_function(torch.split, (whole, [s.out_features for s in specs], -1))
+        parts = gm.graph.call_function(
+            aten.split_with_sizes.default, (whole, [s.out_features for s in specs], -1)
+        )
     for i, (site, operand) in enumerate(zip(sites, group, strict=True)):
         with gm.graph.inserting_before(operand.node):
             part = gm.graph.call_function(operator.getitem, (parts, i))
             bias = operand.node.args[5]
             if bias is not None:
-                part = gm.graph.call_function(operator.add, (part, bias))
+                part = gm.graph.call_function(aten.add.Tensor, (part, bias))
         part.meta.update(operand.node.meta)
         operand.node.replace_all_uses_with(part)
         gm.graph.erase_node(operand.node)

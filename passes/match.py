@@ -14,15 +14,21 @@ from torch import Tensor, fx
 
 from gptq_fx import spelling
 from gptq_fx.passes import experts
+from gptq_fx.passes.inline import inline
 from gptq_fx.passes.plan import Plan, Site
 
-EMBEDDINGS = (F.embedding, torch.embedding)
+aten = torch.ops.aten
+
+EMBEDDINGS = (F.embedding, torch.embedding, aten.embedding.default)
 # Calls that put a weight to another use -> (kind, why it stays dense).
 OTHER_USES: dict[Any, tuple[str, str]] = {
     **{call: ("embedding", "embedding tables are looked up, not multiplied") for call in EMBEDDINGS},
     **{
         conv: ("conv", "convolutions are not quantized")
-        for conv in (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+        for conv in (
+            *(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
+            *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+        )
     },
 }
 # Parts of the names of calls that multiply by a stack of matrices.
@@ -34,13 +40,16 @@ ROUTER_STEPS = 16
 def match(gm: fx.GraphModule, plan: Plan) -> int:
     """Fill plan.sites, in the order of the graph; how many of them are linears."""
     weights = {n: None for n, v in plan.values.items() if _is_matrix(v)}
+    inline(gm, weights)
+    for node in list(gm.graph.nodes):
+        _turn(gm, node, weights)
     found = [site for node in gm.graph.nodes for site in _sites_at(node, weights)]
     vocabulary = _largest_table(gm)
     for site in found:
         assert site.node is not None
         site.name = _site_name(site.node, site.weight, plan)
         if site.experts is None:
-            site.kind = _kind(site, vocabulary if site is found[-1] else None)
+            site.kind = _kind(site, vocabulary if site is found[-1] else None, plan)
     plan.sites += found
     claimed = {site.weight for site in found}
     for weight in (w for w in weights if w not in claimed):
@@ -57,6 +66,32 @@ def _is_matrix(value: Any) -> bool:
         and value.ndim >= 2
         and (value.is_floating_point())
     )
+
+
+def _turn(gm: fx.GraphModule, node: fx.Node, weights: dict[fx.Node, None]) -> None:
+    """W @ x becomes linear(x^T, W)^T: whatever comes later knows weights on one side only."""
+    spelled = read(node) if node.op in ("call_function", "call_method") else None
+    if spelled is None or not spelled.transposed or spelled.bias is not None:
+        return
+    W, x = spelled.x, spelled.weight
+    if through_transposes(W)[0] not in weights or _ndim(W) != 2 or not isinstance(x, fx.Node):
+        return
+    if through_transposes(x)[0] in weights or _ndim(x) < 2:
+        return
+    with gm.graph.inserting_before(node):
+        flipped = gm.graph.call_function(getattr, (x, "mT"))
+        linear = gm.graph.call_function(F.linear, (flipped, W))
+        result = gm.graph.call_function(getattr, (linear, "mT"))
+    flipped.meta["example_value"] = x.meta["example_value"].mT
+    for new, example in ((linear, node.meta["example_value"].mT), (result, node.meta["example_value"])):
+        new.meta.update({**node.meta, "example_value": example})
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+
+
+def _ndim(node: Any) -> int:
+    example = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return example.ndim if isinstance(example, Tensor) else 0
 
 
 def _sites_at(node: fx.Node, weights: dict[fx.Node, None]) -> list[Site]:
@@ -126,7 +161,7 @@ def _transposed(node: fx.Node) -> fx.Node | None:
         source, name, *args = node.args
     elif node.op in ("call_method", "call_function") and node.args:
         source, *args = node.args
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = call_name(node)
     else:
         return None
     args += node.kwargs.values()
@@ -155,25 +190,25 @@ def _site_name(node: fx.Node, weight: fx.Node, plan: Plan) -> str:
     """The path of the weight, less ".weight"; of several (tied), the one of the calling module."""
     paths = [p.removesuffix(".weight") for p in plan.names(weight)]
     caller = module_path(node)
-    if len(paths) > 1 or _is_tied(weight):
+    if len(paths) > 1 or _is_tied(weight, plan):
         near = [p for p in paths if caller and (p == caller or p.endswith("." + caller))]
         if near or caller:
             return near[0] if near else caller
     return paths[0]
 
 
-def _is_tied(weight: fx.Node) -> bool:
-    return any(user.target in EMBEDDINGS for user in weight.users)
+def _is_tied(weight: fx.Node, plan: Plan) -> bool:
+    return id(plan.tensor(weight)) in plan.tables or any(user.target in EMBEDDINGS for user in weight.users)
 
 
-def _kind(site: Site, vocabulary: int | None) -> str:
+def _kind(site: Site, vocabulary: int | None, plan: Plan) -> str:
     """lm_head: tied to an embedding, named so, or the last linear of the graph with one output for
     each row of the largest embedding table (`vocabulary`).
     router: followed by a choice of experts, or named so."""
     assert site.node is not None
     leaf = site.name.rpartition(".")[2]
     outputs = site.weight.meta["example_value"].shape[1 if site.transposed else 0]
-    if _is_tied(site.weight) or leaf in ("lm_head", "embed_out") or outputs == vocabulary:
+    if _is_tied(site.weight, plan) or leaf in ("lm_head", "embed_out") or outputs == vocabulary:
         return "lm_head"
     return "router" if leaf == "router" or _routes(site.node) else "linear"
 
@@ -224,4 +259,7 @@ def _through_views(call: fx.Node) -> fx.Node:
 
 
 def call_name(call: fx.Node) -> str:
+    """The name of a function, method or op of aten."""
+    if isinstance(call.target, torch._ops.OpOverload):
+        return spelling.call_name(call.target).removeprefix("aten.")
     return call.target if isinstance(call.target, str) else getattr(call.target, "__name__", str(call.target))

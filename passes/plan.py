@@ -81,6 +81,7 @@ class Operand:
     sites: whose weights it holds, merged along N in this order.
     node: the call that uses it. kernel: the layout of the inputs; sorted: by groups (see `reorder`).
     inputs: placeholders, one for each tensor of the pack, None where the pack has None.
+    by_handle: the graph takes the handle of the pack in place of its tensors.
     """
 
     sites: tuple[Site, ...]
@@ -88,6 +89,7 @@ class Operand:
     kernel: Kernel
     inputs: tuple[fx.Node | None, ...]
     sorted: bool = False
+    by_handle: bool = False
 
     @property
     def taken(self) -> list[fx.Node]:
@@ -102,13 +104,22 @@ class Operand:
         Every call of the compiled graph comes here for every operand, so that each line counts.
         """
         if len(weights) > 1:
+            return self.owner(weights).pack
+        return self.owner(weights).lower(self.kernel, self.sorted)
+
+    def owner(self, weights: Sequence[Tensor]) -> PackedWeight:
+        """The weight, or what several of them are parts of."""
+        if len(weights) > 1:
             parts = [s.quantized(w) for s, w in zip(self.sites, weights, strict=True)]
-            return merge(parts, self.kernel).pack
-        return self.sites[0].quantized(weights[0]).lower(self.kernel, self.sorted)
+            return merge(parts, self.kernel)
+        return self.sites[0].quantized(weights[0])
 
     def tensors(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """What the graph takes for its inputs."""
-        return [t for t in self.packed(weights).call_tensors() if t is not None]
+        packed = self.packed(weights)
+        if self.by_handle:
+            return [self.owner(weights).handle]
+        return [t for t in packed.call_tensors() if t is not None]
 
 
 @dataclass(eq=False)
@@ -145,6 +156,8 @@ class Plan:
     values: the real input of each placeholder that the tracer made.
     names: placeholder -> the paths of its parameter.
     explicit: the user gave options (they then apply to weights that `quantize` left dense).
+    gradients: some input of the graph asks for a gradient.
+    tables: ids of the weights of embeddings, which may stand in other graphs.
     skip: names of passes that do not run. dump: a folder to write the stages of the graph to, or None.
     """
 
@@ -153,6 +166,8 @@ class Plan:
     values: dict[fx.Node, Any]
     names: Callable[[fx.Node], tuple[str, ...]]
     explicit: bool = False
+    gradients: bool = False
+    tables: frozenset[int] = frozenset()
     skip: frozenset[str] = frozenset()
     dump: str | None = None
     sites: list[Site] = field(default_factory=list)
@@ -166,6 +181,13 @@ class Plan:
 
     def _example_values(self) -> list[Any]:
         return [node.meta.get("example_value") for node in self.values]
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are to flow through the quantized linears. They do not where one of the weights
+        itself asks for a gradient, which it would not get."""
+        weights = [self.tensor(site.weight) for operand in self.operands for site in operand.sites]
+        return self.gradients and not any(weight.requires_grad for weight in weights)
 
     def tensor(self, placeholder: fx.Node) -> Tensor:
         value = self.values[placeholder]

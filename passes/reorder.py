@@ -57,7 +57,7 @@ def _gather(gm: fx.GraphModule, call: fx.Node, which: fx.Node | None, order: fx.
     x = call.args[0]
     with gm.graph.inserting_before(call):
         if which is None:
-            node = gm.graph.call_function(torch.index_select, (x, -1, order))
+            node = gm.graph.call_function(torch.ops.aten.index_select.default, (x, -1, order))
         else:
             op = gather_grouped if call.target is grouped.grouped_linear else gather_indexed
             node = gm.graph.call_function(op, (x, order, which))

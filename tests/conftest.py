@@ -37,3 +37,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
     monkeypatch.setattr(passes, "run", recording)
     return made
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--zoo-table", help="where tests/test_zoo.py writes what it found, as a table")

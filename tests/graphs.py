@@ -78,6 +78,8 @@ def calls(gm: fx.GraphModule) -> list[str]:
 
 def name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
+        if node.target.namespace == "aten":
+            return node.target.overloadpacket.__name__
         return str(node.target).removesuffix(".default")
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 

@@ -84,7 +84,7 @@ class Tiny:
         cls = getattr(transformers, self.model)
         config = cls.config_class(**{**self.config, **overrides})
         torch.manual_seed(0)
-        return _spread(cls(config)).to(dtype).eval().requires_grad_(False)
+        return spread(cls(config)).to(dtype).eval().requires_grad_(False)
 
 
 MODELS = {
@@ -253,7 +253,7 @@ EXPERTS = {
 }
 
 
-def _spread(model: nn.Module) -> nn.Module:
+def spread(model: nn.Module) -> nn.Module:
     """Biases and norms as unlike their initial zeros and ones as those of a trained model."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or name.endswith("_bias"):

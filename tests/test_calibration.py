@@ -249,6 +249,25 @@ def test_a_linear_without_a_module_and_one_without_inputs() -> None:
     assert (model(x) - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_a_linear_whose_weight_is_used_otherwise_stays_dense() -> None:
+    class Blocks(nn.Module):
+        """A linear that is multiplied block by block, as grouped projections are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((x @ self.blocks.weight.view(2, 32, 64).mT).transpose(0, 1).flatten(1))
+
+    model, x = Blocks().requires_grad_(False), torch.randn(128, 64)
+    wanted = model(x)
+    report = quantize(model, [{"x": x}], bits=8)
+    assert codes(model).keys() == {"last.weight"}
+    assert "used by view" in site(report, "blocks").reason
+    assert (model(x) - wanted).norm() < 0.02 * wanted.norm()
+
+
 def test_an_output_projection_that_is_only_a_table_says_so() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -306,6 +325,21 @@ def test_a_graph_break_is_named_and_the_way_round_it() -> None:
     assert not codes(model)
     report = quantize(model, data, sequential=False)
     assert {s.name for s in report.sites if s.loss is not None} == {"a", "b"}
+
+
+def test_a_model_that_dynamo_gave_up_before_names_the_way_round_it() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.last = nn.LSTM(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.lstm(x)[0])
+
+    model, data = Recurrent().requires_grad_(False), {"x": torch.randn(16, 64)}
+    gptq_fx.explain(model, **data)
+    with pytest.raises(CalibrationError, match="sequential=False"):
+        quantize(model, [data])
 
 
 def test_layers_that_share_one_graph_get_their_own_hessians() -> None:

@@ -444,7 +444,7 @@ def test_grad_mode_runs_forward_and_refuses_backward(inner: str) -> None:
     wanted = output(dequantized(model), {"x": x})
     assert relative(y.detach(), wanted) <= FP32
     assert relative(output(compiled, {"x": x}), wanted) <= FP32
-    with pytest.raises(GPTQError, match=r"backward .*no gradient.*torch\.no_grad"):
+    with pytest.raises(GPTQError, match=r"backward .*quantized while.*requires_grad_\(False\)"):
         y.sum().backward()
     assert all(p.grad is None for p in model.parameters())
 
@@ -455,8 +455,8 @@ def test_grad_mode_of_a_quantized_model() -> None:
     compiled = torch.compile(model, backend="gptq", options=EAGER)
     y = compiled(x)
     assert relative(y.detach(), output(dequantized(dense), {"x": x.detach()})) <= FP32
-    with pytest.raises(GPTQError, match="backward"):
-        y.sum().backward()
+    y.sum().backward()  # tests/test_lora.py says of what
+    assert x.grad is not None
 
 
 # --- 10. memory: one copy of the bytes, and none of a model that is gone

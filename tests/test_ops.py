@@ -6,6 +6,7 @@ from tolerances import LINEAR, relative_error
 
 from gptq_fx import QuantizedWeight, Scheme, ops
 from gptq_fx.experts import quantized_experts
+from gptq_fx.gradients import grouped_gradient, linear_gradient, trained_experts, trained_indexed
 from gptq_fx.handles import handle_block, handle_experts, handle_grouped, handle_linear
 from gptq_fx.kernels import LinearSpec, block, grouped, kernels
 from gptq_fx.ops import linear
@@ -44,7 +45,7 @@ KEPT = PackedWeight(make(), Scheme(4, 32), None)  # handles name a weight only w
 
 def _handle_samples():
     for rows in ((3,), (2, 3)):
-        yield torch.randn(*rows, K), KEPT.handle, torch.randn(N), N
+        yield torch.randn(*rows, K, requires_grad=True), KEPT.handle, torch.randn(N, requires_grad=True), N
 
 
 STACK = PackedWeight(QuantizedWeight.stack([make(), make(), make()]), Scheme(4, 32), None)
@@ -85,7 +86,26 @@ def _dense_block_samples():
 
 
 def _handle_grouped_samples():
-    yield torch.randn(5, K), STACK.handle, torch.tensor([2, 2, 5]), N
+    yield torch.randn(5, K, requires_grad=True), STACK.handle, torch.tensor([2, 2, 4]), N
+
+
+def _gradient_samples():
+    for rows in ((3,), (2, 3)):
+        yield torch.randn(*rows, N, requires_grad=True), KEPT.handle, K, False
+
+
+def _grouped_gradient_samples():
+    yield torch.randn(5, N, requires_grad=True), STACK.handle, torch.tensor([2, 2, 4]), K, False
+
+
+def _trained_samples():
+    yield torch.randn(5, K, requires_grad=True), STACK.handle, torch.tensor([2, 0, 0, 1, 2]), N, 3, False
+
+
+def _trained_block_samples():
+    x, ids, weights = _routed()
+    biases = torch.randn(3, N, requires_grad=True), torch.randn(3, K, requires_grad=True)
+    yield x.requires_grad_(), ids, weights.requires_grad_(), STACK.handle, DOWN.handle, *biases, "silu", 3, N
 
 
 def _handle_experts_samples():
@@ -169,6 +189,10 @@ SAMPLES = {
     "gptq::humming_matmul": (torch.ops.gptq.humming_matmul.default, lambda: ()),
     "gptq::handle_linear": (handle_linear, _handle_samples),
     "gptq::handle_grouped": (handle_grouped, _handle_grouped_samples),
+    "gptq::linear_gradient": (linear_gradient, _gradient_samples),
+    "gptq::grouped_gradient": (grouped_gradient, _grouped_gradient_samples),
+    "gptq::trained_indexed": (trained_indexed, _trained_samples),
+    "gptq::trained_experts": (trained_experts, _trained_block_samples),
     "gptq::cpu_int4_grouped": (
         torch.ops.gptq.cpu_int4_grouped.default,
         lambda: _cpu_rows_samples(torch.tensor([2, 2, 4])),

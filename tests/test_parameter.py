@@ -165,7 +165,7 @@ DENSE_USES = {
     "stack behind a dense one": lambda p: torch.stack([torch.zeros(N, K, dtype=p.dtype), p]),
     "view": lambda p: p.view(-1),
     "embedding": lambda p: F.embedding(torch.tensor([1]), p),
-    "as the left factor": lambda p: p @ torch.zeros(K, 3, dtype=p.dtype),
+    "as the left factor of a vector": lambda p: p @ torch.zeros(K, dtype=p.dtype),
     "by itself": lambda p: F.linear(p, p),
     "fill": lambda p: p.detach().zero_(),
     "in-place": lambda p: p.detach().mul_(2),
@@ -184,6 +184,13 @@ def test_a_dense_use_names_the_weight_and_what_to_do(use):
     message = str(error.value)
     assert "layers.3.up" in message
     assert "dequantize" in message or "Legal" in message
+
+
+@pytest.mark.parametrize("shape", [(K, 3), (2, K, 3)])
+def test_it_multiplies_from_the_left(shape):
+    p, W = make("reference", torch.float32)
+    x = torch.randn(shape)
+    assert relative_error(p @ x, W @ x) <= LINEAR[torch.float32]
 
 
 def test_a_dense_use_error_is_one_of_ours():

@@ -167,6 +167,15 @@ def _dequantize(packed: Tensor, scales_mins: Tensor, out: Tensor) -> None:
     out.copy_(codes.sub_(8).mul_(scales).add_(mins).view(K, n))
 
 
+def dequantize(tensors: Tensors, spec: LinearSpec) -> Tensor:
+    """W bf16 [N, K], a view of its transpose."""
+    packed, scales_mins = tensors
+    assert packed is not None and scales_mins is not None
+    out = scales_mins.new_empty(spec.in_features, spec.out_features)
+    _dequantize(packed, scales_mins, out)
+    return out.mT
+
+
 CPU_INT4 = register(
     Kernel(
         name="cpu_int4",
@@ -184,6 +193,7 @@ CPU_INT4 = register(
             tensors[0][start:stop] if tensors[0] is not None else None,
             tensors[1][:, start:stop] if tensors[1] is not None else None,
         ),
+        dequantize=dequantize,
         note=note,
         experts=CPU_EXPERTS,
     )

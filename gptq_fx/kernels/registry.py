@@ -83,6 +83,8 @@ class Kernel:
     op, op_args: the op is called as op(x, *tensors, bias, *op_args(spec)).
     cut_at, cut: along N the layout can be cut at multiples of cut_at(spec);
         cut(tensors, spec, start, stop) gives views that are the pack of those rows.
+    dequantize: the tensors of a weight [N, K] -> that weight in the spec's dtype, where the kernel has a
+        faster way to it than `unpack`. Gradients are multiplied by it.
     note: None, or what a user should know about how the kernel stores the spec.
     body: the function behind op, or None: it costs less to call, where nothing traces.
     stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
@@ -102,6 +104,7 @@ class Kernel:
     op_args: Callable[[LinearSpec], tuple[int, ...]]
     cut_at: Callable[[LinearSpec], int]
     cut: Callable[[Tensors, LinearSpec, int, int], Tensors]
+    dequantize: Callable[[Tensors, LinearSpec], Tensor] | None = None
     note: Callable[[LinearSpec], str | None] = lambda spec: None
     stacks: bool = False
     body: Callable[..., Tensor] | None = None

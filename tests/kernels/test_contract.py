@@ -12,9 +12,10 @@ import torch
 from tolerances import BLOCK, LINEAR, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gptq_fx import QuantizedWeight, Scheme
+from gptq_fx import QuantizedParameter, QuantizedWeight, Scheme
 from gptq_fx.kernels import Kernel, LinearSpec, kernels
 from gptq_fx.kernels.block import ACTIVATIONS, run_block
+from gptq_fx.packed import PackedWeight
 from gptq_fx.scheme import BITS
 
 MARKED = (
@@ -369,3 +370,18 @@ def check_block(kernel, device, bits, sym, dtype, activation, with_bias, size, E
         if repeat:
             again = kernel.experts.block(x, ids.to(device), weights, *args)
             assert torch.equal(y, again), "not deterministic"
+
+
+@every_place
+@every_dtype
+def test_inputs_get_the_gradient_of_the_dequantized_weight(kernel, device, dtype):
+    spec = make_spec(device, 256, 512, dtype, 4, 128, True)
+    if not can_run(kernel, spec):
+        return
+    weight = random_weight(spec)
+    packed = PackedWeight(weight, spec.scheme, None)
+    packed.lower(kernel)
+    x, seed = normal(70, 512, like=spec).requires_grad_(), normal(70, 256, like=spec)
+    torch.nn.functional.linear(x, QuantizedParameter(packed, "w")).backward(seed)
+    expected = seed.cpu().double() @ weight.to("cpu").dequantize(torch.float64)
+    assert relative_error(x.grad.cpu(), expected) <= LINEAR[dtype]

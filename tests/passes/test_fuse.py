@@ -37,7 +37,7 @@ def test_q_k_v_become_one(bias: str) -> None:
     assert stage.before == ["gptq.linear", "relu", "gptq.linear", "tanh", "gptq.linear", "cat"]
     added = {"none": (0, 0, 0), "all": (1, 1, 1), "mixed": (1, 0, 1)}[bias]
     q, k, v = (["getitem", *["add"] * n] for n in added)
-    assert stage.after == ["gptq.linear", "split", *q, "relu", *k, "tanh", *v, "cat"]
+    assert stage.after == ["gptq.linear", "split_with_sizes", *q, "relu", *k, "tanh", *v, "cat"]
     assert stage.changes == 1
     assert [[s.name for s in o.sites] for o in stage.plan.operands] == [["q", "k", "v"]]
     assert relative(stage.run(), output(dequantized(model), {"x": X})) <= 1e-6
@@ -49,7 +49,7 @@ def test_gate_and_up_become_one(bias: bool) -> None:
     stage = after("fuse", model, X)
     add = ["add"] * bias
     assert stage.after == [
-        *["gptq.linear", "split", "getitem", *add, "silu", "getitem", *add, "mul", "gptq.linear"]
+        *["gptq.linear", "split_with_sizes", "getitem", *add, "silu", "getitem", *add, "mul", "gptq.linear"]
     ]
     assert stage.changes == 1
     assert [[s.name for s in o.sites] for o in stage.plan.operands] == [["down"], ["gate", "up"]]

@@ -9,7 +9,7 @@ from models import MLP, dequantized, output, quantized, relative
 from torch import nn
 
 X = torch.randn(2, 3, 64)
-HEAD = ["split", "getitem", "silu", "getitem", "mul"]
+HEAD = ["split_with_sizes", "getitem", "silu", "getitem", "mul"]
 
 
 def mlp(dtype: torch.dtype) -> nn.Module:

@@ -95,8 +95,37 @@ def test_a_spelling_of_linear_is_matched(
     assert relative(model(x), wanted) > 1e-3
 
 
+LEFT: dict[str, tuple[Function, bool]] = {
+    "w @ x": (lambda x, w, b: w @ x, False),
+    "matmul": (lambda x, w, b: torch.matmul(w, x), False),
+    "w.t() @ x": (lambda x, w, b: w.t() @ x, True),
+    "w @ x.mT": (lambda x, w, b: w @ x.mT.contiguous().mT, False),
+}
+
+
+@pytest.mark.parametrize("shape", [(64, 3), (2, 64, 3)])
+@pytest.mark.parametrize("name", LEFT)
+def test_a_weight_on_the_left_is_turned_to_the_right(name: str, shape: tuple[int, ...]) -> None:
+    function, transposed = LEFT[name]
+    model, x = Call(function, (64, 96) if transposed else (96, 64)), torch.randn(shape)
+    stage = after("match", model, x)
+    assert stage.changes == 1
+    assert "linear" in stage.after
+    assert relative(stage.run(), model(x)) <= 1e-6
+    (site,) = stage.plan.sites
+    assert (site.kind, site.transposed, site.refusal) == ("linear", transposed, "")
+
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="gptq", options={"inner_backend": "eager"})(x)
+    dense = model.weight.mT if transposed else model.weight
+    rounded = round_to_nearest(dense, gptq_fx.Scheme(group_size=64)).dequantize()
+    assert relative(found, rounded @ x) <= 1e-5
+    assert relative(model(x), rounded @ x) > 1e-3
+
+
 NOT_LINEAR: dict[str, tuple[Function, tuple[int, ...], tuple[int, ...]]] = {
-    "weight on the left": (lambda x, w, b: w @ x, (96, 64), (64, 3)),
+    "weight on the left of a vector": (lambda x, w, b: w @ x, (96, 64), (64,)),
+    "weight on the left of a weight": (lambda x, w, b: (w @ w.t()).sum() + x, (96, 64), (64,)),
     "addmm with alpha": (lambda x, w, b: torch.addmm(b, x, w, alpha=2), (64, 96), (3, 64)),
     "addmm with beta": (lambda x, w, b: torch.addmm(b, x, w, beta=0), (64, 96), (3, 64)),
     "addmm onto a matrix": (lambda x, w, b: torch.addmm(x[:, :1], x, w), (64, 96), (3, 64)),
@@ -127,6 +156,65 @@ def test_what_is_no_linear_stays_dense_and_says_why(name: str) -> None:
     torch._dynamo.reset()
     found = torch.compile(model, backend="gptq", options={"inner_backend": "eager"})(x)
     assert torch.equal(found, model(x))
+
+
+def test_a_tied_projection_is_known_behind_a_graph_break() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body, self.last = nn.Embedding(96, 64), nn.Linear(64, 64), nn.Linear(64, 96)
+            self.last.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.body(self.table(ids))
+            torch._dynamo.graph_break()
+            return self.last(x)
+
+    model = Tied().requires_grad_(False)
+    sites = {s.name: s for s in gptq_fx.explain(model, torch.tensor([[5, 7]])).sites if s.name != "table"}
+    assert {name: site.kind for name, site in sites.items()} == {"body": "linear", "last": "lm_head"}
+    assert sites["last"].scheme is None
+
+
+class SelfAttention(nn.Module):
+    """torch's own, which Dynamo keeps as one call on the weights."""
+
+    def __init__(self, cross: bool = False) -> None:
+        super().__init__()
+        self.inner, self.cross = nn.MultiheadAttention(64, 4, batch_first=True), cross
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x[:, :2] if self.cross else x, x, x, need_weights=self.cross)[0]
+
+
+def test_the_linears_of_torchs_attention_are_matched() -> None:
+    model, x = SelfAttention().eval().requires_grad_(False), torch.randn(2, 5, 64)
+    stage = after("match", model, x)
+    assert "multi_head_attention_forward" in stage.before
+    assert "multi_head_attention_forward" not in stage.after
+    assert relative(stage.run(), model(x)) <= 1e-6
+    found = {site.name: site.refusal for site in stage.plan.sites}
+    assert found == {"inner.in_proj_weight": "", "inner.out_proj": ""}
+
+
+def test_torchs_attention_is_calibrated_and_runs_without_compiling() -> None:
+    model, x = SelfAttention().eval().requires_grad_(False), torch.randn(16, 8, 64)
+    wanted = model(x)
+    gptq_fx.quantize(model, gptq_fx.GPTQConfig(bits=8, group_size=32), [{"x": x}], progress=False)
+    for weight in (model.inner.in_proj_weight, model.inner.out_proj.weight):
+        assert isinstance(weight, gptq_fx.QuantizedParameter)
+    assert 0 < relative(model(x), wanted) <= 0.02
+    compiled = torch.compile(model, backend="gptq", options={"inner_backend": "eager"})
+    assert relative(compiled(x), model(x)) <= 1e-5
+
+
+def test_queries_apart_from_keys_leave_the_shared_projection_dense() -> None:
+    model, x = SelfAttention(cross=True).eval().requires_grad_(False), torch.randn(2, 5, 64)
+    stage = after("match", model, x)
+    assert relative(stage.run(), model(x)) <= 1e-6
+    found = {site.name: site.refusal for site in stage.plan.sites}
+    assert found["inner.out_proj"] == ""
+    assert "split" in found["inner.in_proj_weight"]
 
 
 def test_a_linear_of_a_stack_is_reported_as_such() -> None:

@@ -66,7 +66,7 @@ def test_they_still_become_one_linear() -> None:
     model, x = attention(), x_of(2, 3, 64)
     stage = after("lower", model, x)
     parts = ["getitem", "relu", "getitem", "tanh", "getitem", "cat"]
-    assert stage.after == ["index_select", "gptq.cpu_int4_linear", "split", *parts]
+    assert stage.after == ["index_select", "gptq.cpu_int4_linear", "split_with_sizes", *parts]
     close(stage.run(), model, x)
     assert model.q.weight.packed.merged is model.v.weight.packed.merged is not None  # type: ignore[union-attr]
     close(output(model, {"x": x}), model, x)  # in eager code, on parts of the merged pack

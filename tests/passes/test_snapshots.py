@@ -19,7 +19,7 @@ import gptq_fx
 from gptq_fx.kernels.cpu import CPU_INT4
 
 # The rest is the model's own arithmetic, which no pass touches and versions of transformers change.
-SHOWN = re.compile(r"gptq\.|linear$|split$|_?grouped_mm|bmm$|.*all_reduce|redistribute$")
+SHOWN = re.compile(r"gptq\.|linear$|split_with_sizes$|_?grouped_mm|bmm$|.*all_reduce|redistribute$")
 
 
 def snapshot(last: str, dtype: torch.dtype) -> str:
@@ -104,10 +104,10 @@ def test_fuse() -> None:
         snapshot("fuse", torch.float32),
         """\
 gptq.linear(f32[1, 3, 64], q|k|v.0 int32[8, 96], q|k|v.1 f32[1, 96], 4)
-split(y, [64, 16, 16], -1)
+split_with_sizes(y, [64, 16, 16], -1)
 gptq.linear(f32[1, 3, 64], o.0 int32[8, 64], o.1 f32[1, 64], 4)
 gptq.linear(f32[1, 3, 64], gate|up.0 int32[8, 256], gate|up.1 f32[1, 256], 4)
-split(y, [128, 128], -1)
+split_with_sizes(y, [128, 128], -1)
 gptq.linear(f32[1, 3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
     )
 
@@ -121,7 +121,7 @@ gptq.linear(bf16[1, 3, 64], k.0 int32[8, 16], k.1 bf16[1, 16], 4)
 gptq.linear(bf16[1, 3, 64], v.0 int32[8, 16], v.1 bf16[1, 16], 4)
 gptq.linear(bf16[1, 3, 64], o.0 int32[8, 64], o.1 bf16[1, 64], 4)
 gptq.linear(bf16[1, 3, 64], gate|up.0 int32[8, 256], gate|up.1 bf16[1, 256], 4)
-split(y, [128, 128], -1)
+split_with_sizes(y, [128, 128], -1)
 gptq.linear(bf16[1, 3, 128], down.0 int32[16, 64], down.1 bf16[1, 64], 4)""",
     )
 
@@ -131,10 +131,10 @@ def test_lower_to_reference() -> None:
         snapshot("lower", torch.float32),
         """\
 gptq.linear(f32[1, 3, 64], q|k|v.0 int32[8, 96], q|k|v.1 f32[1, 96], 4)
-split(y, [64, 16, 16], -1)
+split_with_sizes(y, [64, 16, 16], -1)
 gptq.linear(f32[1, 3, 64], o.0 int32[8, 64], o.1 f32[1, 64], 4)
 gptq.linear(f32[1, 3, 64], gate|up.0 int32[8, 256], gate|up.1 f32[1, 256], 4)
-split(y, [128, 128], -1)
+split_with_sizes(y, [128, 128], -1)
 gptq.linear(f32[1, 3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
     )
 
@@ -149,7 +149,7 @@ gptq.cpu_int4_linear(bf16[1, 3, 64], k.0 uint8[16, 32], k.1 bf16[1, 16, 2], 64)
 gptq.cpu_int4_linear(bf16[1, 3, 64], v.0 uint8[16, 32], v.1 bf16[1, 16, 2], 64)
 gptq.cpu_int4_linear(bf16[1, 3, 64], o.0 uint8[64, 32], o.1 bf16[1, 64, 2], 64)
 gptq.cpu_int4_linear(bf16[1, 3, 64], gate|up.0 uint8[256, 32], gate|up.1 bf16[1, 256, 2], 64)
-split(y, [128, 128], -1)
+split_with_sizes(y, [128, 128], -1)
 gptq.cpu_int4_linear(bf16[1, 3, 128], down.0 uint8[64, 64], down.1 bf16[1, 64, 2], 128)""",
     )
 
@@ -215,7 +215,7 @@ linear(f32[3, 64], f32[4, 64])
 gptq.grouped_linear(y, [gate_up.0 int32[4, 8, 256], gate_up.1 f32[4, 1, 256]], y, 256, reference, [4])
 gptq.grouped_linear(y, [down.0 int32[4, 16, 64], down.1 f32[4, 1, 64]], y, 64, reference, [4])
 gptq.linear(f32[3, 64], gate|up.0 int32[8, 256], gate|up.1 f32[1, 256], 4)
-split(y, [128, 128], -1)
+split_with_sizes(y, [128, 128], -1)
 gptq.linear(f32[3, 128], down.0 int32[16, 64], down.1 f32[1, 64], 4)""",
     )
 
