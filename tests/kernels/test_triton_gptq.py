@@ -33,7 +33,7 @@ def problem(device, K, E=2, N=21):
 def check_columns(device, bits, sym, K, group_size, dtype, norm, static=False, N=21, agree=0.99):
     """The share of codes that are the same: a tie may fall either way, and the rest of its row follows.
 
-    Losses are compared where a row has the same integers on the same grids.
+    Losses are compared where a row has the same integers on the same grids, but for the last bits of fp32.
     """
     W, U, importance = problem(device, K, N=N)
     search, given = Search(bits, sym, dtype, norm), None
@@ -48,10 +48,11 @@ def check_columns(device, bits, sym, K, group_size, dtype, norm, static=False, N
     assert found.codes.shape == wanted.codes.shape
     same = (found.codes == wanted.codes).float().mean()
     assert same > agree
-    assert torch.isclose(found.scales, wanted.scales, rtol=1e-5).float().mean() > agree
+    scales = torch.isclose(found.scales, wanted.scales, rtol=1e-5, atol=0)
+    assert scales.float().mean() > agree
     if not sym:
         assert (found.zeros == wanted.zeros).float().mean() > agree
-    rows = (found.codes == wanted.codes).all(1) & (found.scales == wanted.scales).all(1)
+    rows = (found.codes == wanted.codes).all(1) & scales.all(1)
     if not sym:
         rows &= (found.zeros == wanted.zeros).all(1)
     assert rows.float().mean() > 0.8
