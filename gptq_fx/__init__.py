@@ -11,6 +11,7 @@ from gptq_fx.errors import (
     DenseUseError,
     GPTQError,
     KernelError,
+    OutOfMemoryError,
     SchemeMismatchError,
     WeightError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "GPTQError",
     "HFConfig",
     "KernelError",
+    "OutOfMemoryError",
     "QuantizedParameter",
     "QuantizedWeight",
     "Report",

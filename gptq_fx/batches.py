@@ -233,7 +233,7 @@ def valid_expert_rows(run: Run, call: ExpertsCall, experts: int, batch: Batch) -
 def _mask(run: Run, x: fx.Node, batch: Batch) -> Tensor | None:
     """The mask [B, T] of positions: `decoder_attention_mask` for what comes from the inputs of a decoder."""
     mask = batch.get("decoder_attention_mask" if x in _decoder(run, batch) else "attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return mask.to(run.env[x].device) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _decoder(run: Run, batch: Batch) -> frozenset[fx.Node]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,10 @@ from gptq_fx.backend import make_plan
 from gptq_fx.batches import Batch, check_batches, for_calibration, record, valid_expert_rows, valid_rows
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide
-from gptq_fx.errors import CalibrationError
-from gptq_fx.gptq import Hessian, Settings
+from gptq_fx.errors import CalibrationError, OutOfMemoryError
+from gptq_fx.gptq import Settings
 from gptq_fx.grid import check_finite
+from gptq_fx.hessian import Hessian, check
 from gptq_fx.linear import Linear
 from gptq_fx.names import names_by_id
 from gptq_fx.observe import observe
@@ -25,10 +27,13 @@ from gptq_fx.passes.calibrate import Run, Stage, StagedGraph, Tap, WeightOf
 from gptq_fx.passes.capture import capture
 from gptq_fx.passes.match import match
 from gptq_fx.passes.plan import Plan, Site
+from gptq_fx.passes.retarget import retarget
+from gptq_fx.phases import Phases, measuring, phase, settle
 from gptq_fx.progress import bar
 from gptq_fx.ranks import ALONE, Ranks
 from gptq_fx.resume import Store
-from gptq_fx.solve import solve, solve_experts
+from gptq_fx.solve import solve, solve_experts, together
+from gptq_fx.streaming import Mover, Need, need
 
 # The linears of one stage, by the ids of their parameters: graphs of other shapes have the same.
 Key = tuple[int, ...]
@@ -47,23 +52,29 @@ def calibrate(
     device: torch.device | str | None = None,
     progress: bool = True,
     resume_dir: str | None = None,
+    max_memory: int | None = None,
     ranks: Ranks = ALONE,
-) -> dict[int, Linear]:
-    """Quantize the linears that the batches reach. All weights of all graphs, by id of the parameter.
+) -> tuple[dict[int, Linear], Phases]:
+    """Quantize the linears that the batches reach. All weights of all graphs, by id of the parameter; and
+    where the time went.
 
     The model is not changed. Beside it this holds what is quantized so far, the Hessian and the dense
     weights of one stage (all Hessians, if config.sequential is off), and the live activations of every
     batch.
     device: where Hessians are kept and weights are solved; None: where the weights are.
     resume_dir: where finished stages are kept, and taken from.
+    max_memory: bytes of `device`, on which all is then computed: weights are copied there stage by stage, and
+        activations are in host memory between stages.
     ranks: the processes that share the work; each gets the whole model and all batches.
-    Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight.
+    Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight,
+    OutOfMemoryError, naming the stage.
     """
     with ranks.together():
         checked = check_batches(model, batches)
     ranks.check_replicas(model, checked)
     progress = progress and ranks.rank == 0
-    job = _Job(names_by_id(model), ranks.share(checked), config, device, progress, ranks)
+    mover = None if max_memory is None or device is None else Mover(torch.device(device), max_memory)
+    job = _Job(names_by_id(model), ranks.share(checked), config, device, progress, ranks, mover)
     if resume_dir is not None and not config.sequential:
         raise CalibrationError("resume_dir: without sequential there are no stages to resume from")
 
@@ -79,14 +90,16 @@ def calibrate(
 
         observe(model, (), job.batches[index], run)
 
-    with for_calibration(model):
+    phases = Phases(torch.device(device) if device is not None else next(model.parameters()).device)
+    with for_calibration(model), measuring(phases):
         if config.sequential:
             with ranks.together():
                 runs = record(model, job.batches, staged)
             _in_sequence(job, runs, Store(resume_dir, model, config, job.batches))
         else:
             _at_once(job, observed)
-    return job.linears
+        settle()
+    return job.linears, phases
 
 
 def calibrate_graph(
@@ -121,6 +134,7 @@ class _Job:
     device: torch.device | str | None
     progress: bool
     ranks: Ranks = ALONE
+    mover: Mover | None = None
     linears: dict[int, Linear] = field(default_factory=dict)
     graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
     hessians: dict[Key, list[Hessian]] = field(default_factory=dict)
@@ -137,7 +151,12 @@ class _Job:
         run_passes(graph, plan, [match])
         found = {site: self.find(site, plan.tensor(site.weight)) for site in plan.sites}
         if self.config.sequential:
-            return StagedGraph(graph, plan, lambda site: found[site].scheme)
+            if self.mover is None:
+                return StagedGraph(graph, plan, lambda site: found[site].scheme)
+            retarget(graph, torch.device("cpu"), self.mover.device)
+            return StagedGraph(
+                graph, plan, lambda site: found[site].scheme, self.mover.here, self.mover.count
+            )
         # This graph may be called with the weights of other layers, for which rules say otherwise.
         return StagedGraph(graph, plan, lambda site: None if site.refusal else "linear")
 
@@ -194,16 +213,27 @@ class _Job:
             self.hessians[key] = [Hessian(first.dense.shape[-1], device) for _ in rows]
         if first.dense.ndim == 3:
             originals = None  # the dense model routes other tokens to the expert
-        try:
+        with phase("Hessian"):
             for i, (hessian, x) in enumerate(zip(self.hessians[key], rows, strict=True)):
                 if len(x):
-                    hessian.add(x, None if originals is None else originals[i])
-        except CalibrationError as error:
-            raise CalibrationError(f"{first.name}: {error}, in batch {index}") from None
+                    hessian.add(x, None if originals is None else originals[i], index)
+
+    def need(self, key: Key) -> Need:
+        """Bytes of a stage on the device."""
+        linears = [self.linears[i] for i in key]
+        shapes = [linear.dense.shape for linear in linears]
+        _, N, K = (1, *shapes[0]) if len(shapes[0]) == 2 else shapes[0]
+        return need(linears[0].name, shapes, together(N, K), bool(self.settings.gptaq))
 
     def solve(self, key: Key, hessians: list[Hessian]) -> list[Linear]:
         """Quantize the weights of a stage; those of one scheme together."""
         linears = [self.linears[i] for i in key]
+        linears = [self.linears[i] for i in key]
+        with self.ranks.together():
+            try:
+                check(hessians)
+            except CalibrationError as error:
+                raise CalibrationError(f"{linears[0].name}: {error}") from None
         self.ranks.reduce(hessians)
         groups: dict[object, list[Linear]] = {}
         for linear in linears:
@@ -230,32 +260,66 @@ def _in_sequence(job: _Job, runs: Sequence[Run], store: Store) -> None:
     with job.ranks.together():
         order = _order([list(path) for path in stages.values()])
     job.ranks.check_same("stages", [[job.linears[i].name for i in key] for key in order])
-    dense = _Dequantized(job.linears)
+    dense = _Dequantized(job.linears, None if job.mover is None else job.mover.device)
+    if job.mover is not None:
+        job.mover.check(job.need(key) for key in order)
     with bar(len(order) * len(runs), "calibrating", show=job.progress) as shown:
         for number, key in enumerate(order):
             linears = [job.linears[i] for i in key]
-            stored = store.load(number, linears)
-            with job.ranks.together():
-                for run, original in zip(runs, originals, strict=True):
-                    if key in stages[run.graph]:
-                        _advance(job, run, original, stages[run.graph][key], dense)
-                    shown.update()
-            dense.clear()
-            if not stored:
-                job.solve(key, job.hessians.pop(key))
-                store.save(number, linears)
+            try:
+                if job.mover is not None:
+                    job.mover.begin(job.need(key))
+                stored = store.load(number, linears)
+                with job.ranks.together():
+                    for run, original in zip(runs, originals, strict=True):
+                        if key in stages[run.graph]:
+                            _advance(job, run, original, stages[run.graph][key], dense)
+                        shown.update()
+                dense.clear()
+                if job.mover is not None:
+                    job.mover.drop()
+                if not stored:
+                    job.solve(key, job.hessians.pop(key))
+                    store.save(number, linears)
+            except torch.OutOfMemoryError as error:
+                place = f"stage {number + 1} of {len(order)} ({linears[0].name})"
+                raise OutOfMemoryError(_what_to_set(place, store)) from error
+            settle()
             shown.set_postfix_str(_losses(linears))
+
+
+def _what_to_set(place: str, store: Store) -> str:
+    kept = "those before it are kept in resume_dir" if store.folder else "resume_dir keeps finished stages"
+    return (
+        f"out of memory in {place}; the model is as it was, and {kept}. What helps: batches of fewer "
+        "tokens; gptaq=0, which needs half the activations; max_memory and device, for a model on the host, "
+        "of which one stage at a time is copied to the device"
+    )
 
 
 def _advance(job: _Job, run: Run, original: Run | None, until: Stage, dense: WeightOf) -> None:
     """Bring a batch to the end of a stage, and add to Hessians what linears took on the way."""
     seen: list[tuple[Key, Rows]] = []
-    run.graph.advance(run, until, job.tap(lambda key, x: seen.append((key, x))), dense)
     before: list[Rows] = []
+    with _moved(job.mover, run, ()), phase("forward"):
+        run.graph.advance(run, until, job.tap(lambda key, x: seen.append((key, x))), dense)
     if original is not None:
-        run.graph.advance(original, until, job.tap(lambda key, x: before.append(x)), lambda weight: weight)
+        taken = [x for _, rows in seen for x in rows]
+        with _moved(job.mover, original, taken), phase("forward"):
+            tap = job.tap(lambda key, x: before.append(x))
+            run.graph.advance(original, until, tap, lambda weight: weight)
     for i, (key, x) in enumerate(seen):
         job.add(key, run.index, x, before[i] if original is not None else None)
+
+
+@contextmanager
+def _moved(mover: Mover | None, run: Run, beside: Sequence[Tensor]) -> Iterator[None]:
+    """With the activations of a batch on the device, if they are not always."""
+    if mover is not None:
+        mover.bring(run, beside)
+    yield
+    if mover is not None:
+        mover.park(run)
 
 
 def _key(run: Run, stage: Stage) -> Key:
@@ -291,8 +355,8 @@ class _Dequantized:
     Kept while the batches pass it.
     """
 
-    def __init__(self, linears: dict[int, Linear]) -> None:
-        self.linears = linears
+    def __init__(self, linears: dict[int, Linear], device: torch.device | None = None) -> None:
+        self.linears, self.device = linears, device
         self.kept: dict[int, Tensor] = {}
 
     def __call__(self, parameter: Tensor) -> Tensor:
@@ -300,7 +364,8 @@ class _Dequantized:
         if linear.quantized is None:
             return parameter
         if id(parameter) not in self.kept:
-            dense = linear.quantized.weight.dequantize()
+            weight = linear.quantized.weight
+            dense = (weight if self.device is None else weight.to(self.device)).dequantize()
             # Laid out as the parameter is: some CPUs multiply bf16 a dozen times slower otherwise.
             self.kept[id(parameter)] = (dense.mT if linear.transposed else dense).contiguous()
         return self.kept[id(parameter)]

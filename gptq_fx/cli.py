@@ -71,6 +71,9 @@ def quantize(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="windows of calibration text")] = 128,
     length: Length = 512,
+    max_memory: Annotated[
+        str | None, typer.Option(help="of the device, which the dense model need not fit then: 8GB")
+    ] = None,
     max_shard_size: str = "5GB",
     overwrite: Annotated[bool, typer.Option(help="replace a quantized checkpoint at OUT")] = False,
     dtype: Dtype = None,
@@ -83,14 +86,15 @@ def quantize(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, lm_head=lm_head, dynamic=_json(dynamic)
     )
     check_target(out, overwrite)  # before the long work
-    loaded = _load(model, dtype, device)
+    loaded = _load(model, dtype, device if max_memory is None else "cpu")
     tokenizer = _tokenizer(model, needed=calibration is not None)
     batches = None
     if calibration is not None:
         text = measure.read_text(calibration)
         found = measure.windows(tokenizer, text, samples, length, calibration)
         batches = [{"input_ids": ids[None].to(loaded.device)} for ids in found]
-    report = gptq_fx.quantize(loaded, config, batches)
+    where = None if max_memory is None else _device(device)
+    report = gptq_fx.quantize(loaded, config, batches, device=where, max_memory=max_memory)
     if html is not None:
         report.to_html(html, f"{model}, quantized")
     saved = gptq_fx.save_pretrained(
@@ -239,8 +243,7 @@ def _load(model: str, dtype: str | None, device: str | None, compile: bool = Fal
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}. Legal: {', '.join(DTYPES)}")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    where = torch.device(device) if device else accelerator or torch.device("cpu")
+    where = _device(device)
     wanted = DTYPES[dtype] if dtype else None
     loaded: Any
     if _is_gptq(model, AutoConfig):
@@ -254,6 +257,11 @@ def _load(model: str, dtype: str | None, device: str | None, compile: bool = Fal
     if compile:
         loaded.compile(backend="gptq")
     return loaded
+
+
+def _device(device: str | None) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device(device) if device else accelerator or torch.device("cpu")
 
 
 def _is_gptq(model: str, configs: Any) -> bool:

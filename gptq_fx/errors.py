@@ -22,6 +22,10 @@ class CalibrationError(GPTQError, ValueError):
     """Calibration inputs that the model cannot take, or that no weight can be quantized by."""
 
 
+class OutOfMemoryError(GPTQError, MemoryError):
+    """The device is too small for a stage of calibration as it is set; says which, and what helps."""
+
+
 class CheckpointError(GPTQError, ValueError):
     """A checkpoint that is damaged, or that says what cannot be; names the file and the tensor."""
 

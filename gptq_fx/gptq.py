@@ -13,60 +13,22 @@ that is what is quantized in place of W, or a part `gptaq` of the way to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gptq_fx import columns
 from gptq_fx.errors import CalibrationError
-from gptq_fx.grid import find_grid, search_grid
+from gptq_fx.grid import Columns, Search, Static
+from gptq_fx.hessian import Hessian
+from gptq_fx.kernels.solver import solver_for
+from gptq_fx.phases import phase
 from gptq_fx.scheme import Scheme
 
-BLOCK = 128  # columns after which the errors reach the columns behind the block
 DAMP_STEP = 0.01  # added to damp_percent each time that H cannot be factorized
-
-
-class Hessian:
-    """H of one input, summed up over batches.
-
-    matrix: fp32 [K, K], sum of x x^T. drift: the same of x (x0 - x)^T, or None: no x0 was given.
-    tokens: how many x they hold.
-    """
-
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(in_features, in_features, device=device)
-        self.drift: Tensor | None = None
-        self.tokens = 0
-
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """x [*, K] of any float dtype, and x0 of the dense model.
-
-        Raises CalibrationError if x holds NaN or Inf.
-        """
-        x = x.reshape(-1, x.shape[-1]).to(self.matrix.device, torch.float32)
-        self.matrix.addmm_(x.T, x)
-        self.tokens += x.shape[0]
-        if not torch.isfinite(self.matrix.diagonal()).all():
-            raise CalibrationError(f"{'NaN' if torch.isnan(x).any() else 'Inf'} among the activations")
-        if original is not None:
-            if self.drift is None:
-                self.drift = torch.zeros_like(self.matrix)
-            self.drift.addmm_(x.T, original.reshape(x.shape).to(x) - x)
-
-    @staticmethod
-    def sum(parts: Iterable[Hessian]) -> Hessian:
-        """The Hessian of all inputs that the parts have seen."""
-        parts = list(parts)
-        if len(parts) == 1:
-            return parts[0]
-        total = Hessian(len(parts[0].matrix), parts[0].matrix.device)
-        for part in parts:
-            total.matrix += part.matrix
-            total.tokens += part.tokens
-            if part.drift is not None:
-                total.drift = part.drift if total.drift is None else total.drift + part.drift
-        return total
 
 
 @dataclass(frozen=True)
@@ -94,11 +56,11 @@ class Settings:
 class Result:
     """Wq[n, k] = scales[g(k), n] * (codes[k, n] - zeros[g(k), n]), as in QuantizedWeight.
 
-    codes: uint8 [K, N]. scales: [G, N]. zeros: [G, N], or None: symmetric. g_idx: int32 [K], or None:
-        g(k) = k // group_size.
-    error, energy: [N] each, (W - Wq) H (W - Wq)^T and W H W^T for each output n, where W is what was to
+    codes: uint8 [*, K, N]. scales: [*, G, N]. zeros: [*, G, N], or None: symmetric. g_idx: int32 [*, K], or
+        None: g(k) = k // group_size.
+    error, energy: [*, N] each, (W - Wq) H (W - Wq)^T and W H W^T for each output n, where W is what was to
         be quantized: its mean squared error, and its mean square.
-    damp: the damp_percent that H needed.
+    damp: the damp_percent that H needed; of several, the most that any of them needed.
     """
 
     codes: Tensor
@@ -110,160 +72,169 @@ class Result:
     damp: float
 
 
-@torch.no_grad()
 def gptq(W: Tensor, hessian: Hessian, scheme: Scheme, settings: Settings, dtype: torch.dtype) -> Result:
     """Quantize W [N, K]; scales are kept in `dtype`.
 
     Features that were never seen (H[k, k] = 0) are rounded to nearest.
     Raises CalibrationError if H cannot be factorized even with damp_percent 1.
     """
-    K = W.shape[1]
-    group_size = K if scheme.group_size == -1 else scheme.group_size
-    tokens = max(hessian.tokens, 1)
-    W, H = W.float(), hessian.matrix / tokens
-    perm = _order(H.diagonal(), group_size, scheme.desc_act, settings)
-    U, damp = inverse_factor(H[perm][:, perm], settings.damp_percent)
-    if settings.gptaq and hessian.drift is not None:
-        C = hessian.drift[perm] / tokens
-        W = W + settings.gptaq * ((W @ C.T @ U.T) @ U)[:, perm.argsort()]
+    found = gptq_stack(W[None], [hessian], scheme, settings, dtype)
+    zeros, g_idx = (None if t is None else t[0] for t in (found.zeros, found.g_idx))
+    return Result(found.codes[0], found.scales[0], zeros, g_idx, found.error[0], found.energy[0], found.damp)
 
-    in_place = not scheme.desc_act or settings.static_groups
-    place = perm if in_place else torch.arange(K, device=perm.device)
-    group_of = place // group_size  # of each column, in the order of work
-    grid = _Grid(W.T, H.diagonal(), group_size, scheme, settings, dtype)
-    codes = torch.empty(K, W.shape[0], dtype=torch.uint8, device=W.device)
-    codes[perm] = _columns(W.T[perm], U, grid, perm, group_of.tolist())
-    g_idx = None
-    if not in_place:
-        g_idx = torch.empty_like(perm)
-        g_idx[perm] = group_of
-    return _result(W, H, codes, grid, g_idx, damp)
+
+@torch.no_grad()
+def gptq_stack(
+    W: Tensor, hessians: Sequence[Hessian], scheme: Scheme, settings: Settings, dtype: torch.dtype
+) -> Result:
+    """gptq of several matrices W [E, N, K] at once, each with a Hessian of its own."""
+    E, _, K = W.shape
+    group_size = K if scheme.group_size == -1 else scheme.group_size
+    with phase("factorize"), _precision("highest"):
+        importance = torch.stack([h.matrix.diagonal() / max(h.tokens, 1) for h in hessians])
+        perm = _order(importance, group_size, scheme.desc_act, settings)
+        H = torch.empty(E, K, K, device=importance.device)
+        for to, hessian, p in zip(H, hessians, perm, strict=True):
+            torch.index_select(hessian.matrix.index_select(0, p), 1, p, out=to)
+            to.div_(max(hessian.tokens, 1))
+        U, added, damp = inverse_factor(H, settings.damp_percent)
+    with phase("quantize"), _precision("highest"):
+        shifts = [_shift(W[e].float(), hessians[e], perm[e], U[e], settings.gptaq) for e in range(E)]
+        W = W.gather(-1, perm[:, None].expand_as(W)).float()
+        for w, shift in zip(W, shifts, strict=True):
+            if shift is not None:
+                w += shift
+        del shifts
+        with _precision("high"):
+            energy = ((W @ H) * W).sum(-1)
+        del H
+        importance = importance.gather(-1, perm) if settings.scale_search else torch.ones_like(importance)
+        search = Search(
+            scheme.bits, scheme.sym, dtype, settings.mse or (2.0 if settings.scale_search else None)
+        )
+        static = _static(W, importance, perm, group_size, search) if settings.static_groups else None
+        solver = solver_for(W.device)
+        run = columns.columns if solver is None else solver.columns
+        found = run(W.clone(), U, importance, search, group_size, static)
+        error = (found.loss - _added_loss(W, found, added, static)).clamp_min_(0)  # by rounding
+        codes, scales, zeros, g_idx = _in_place(found, perm, group_size, static is not None, scheme.desc_act)
+        return Result(codes, scales.to(dtype), zeros, g_idx, error, energy, max(damp))
+
+
+@contextmanager
+def _precision(wanted: str) -> Iterator[None]:
+    """Of fp32 matmuls: "high" may round their inputs to tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _order(importance: Tensor, group_size: int, desc_act: bool, settings: Settings) -> Tensor:
-    """The order in which columns are quantized: most important first, as far as groups allow."""
+    """The order in which columns are quantized [E, K]: most important first, as far as groups allow."""
     if desc_act:
-        return importance.argsort(descending=True, stable=True)
+        return importance.argsort(dim=-1, descending=True, stable=True)
     if not settings.act_group_aware:
-        return torch.arange(len(importance), device=importance.device)
-    groups = importance.unflatten(0, (-1, group_size))
-    first = groups.amax(1).argsort(descending=True, stable=True)
-    inner = groups.argsort(dim=1, descending=True, stable=True)[first]
-    order: Tensor = first[:, None] * group_size + inner
-    return order.flatten()
+        return torch.arange(importance.shape[-1], device=importance.device).expand(importance.shape)
+    groups = importance.unflatten(-1, (-1, group_size))
+    first = groups.amax(-1).argsort(dim=-1, descending=True, stable=True)
+    inner = groups.argsort(dim=-1, descending=True, stable=True)
+    order: Tensor = first[..., None] * group_size + inner.take_along_dim(first[..., None], 1)
+    return order.flatten(-2)
 
 
-def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
-    """U, upper, with (H + damp * mean(diag H) * I)^-1 = U^T U, and the damp that it took.
+def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, Tensor, list[float]]:
+    """For each H of [E, K, K]: U, upper, with (H + diag(added))^-1 = U^T U; added [E, K]; the damp it took.
 
+    added: damp * mean(diag H), and where a feature was never seen another mean(diag H).
     With H = R R^T, R upper, U is R^-1: one Cholesky of H in reversed order, and one triangular solve.
     Tried in fp32, then fp64, then with more damping.
     """
-    H = H.clone()
-    diagonal = H.diagonal()
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
     seen = diagonal != 0
-    mean = diagonal[seen].mean() if seen.any() else diagonal.new_ones(())
-    diagonal[~seen] = mean
-    damp = damp_percent
-    while True:
-        for wide in (H, H.double()):
-            eye = torch.eye(len(H), dtype=wide.dtype, device=H.device)
-            L, info = torch.linalg.cholesky_ex((wide + damp * mean * eye).flip(0, 1))
-            if int(info) == 0:
-                R = L.flip(0, 1)
-                U = torch.linalg.solve_triangular(R, eye, upper=True).float()
-                if torch.isfinite(U).all():
-                    return U, damp
-        if damp >= 1:
-            raise CalibrationError("the Hessian is not positive definite, even with damp_percent 1")
-        damp = min(1.0, damp + DAMP_STEP)
+    mean = diagonal.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp_min(1)
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
+    unseen = torch.where(seen, torch.zeros_like(diagonal), mean)
+    added = unseen + damp_percent * mean
+    U, fine = _factor(H, added)
+    damp = [damp_percent] * len(H)
+    for e, done in enumerate(fine.tolist()):
+        while not done:
+            one, done = _factor(H[e : e + 1].double(), added[e : e + 1].double())
+            if not done and damp[e] < 1:
+                damp[e] = min(1.0, damp[e] + DAMP_STEP)
+                added[e] = unseen[e] + damp[e] * mean[e]
+                one, done = _factor(H[e : e + 1], added[e : e + 1])
+            elif not done:
+                raise CalibrationError("the Hessian is not positive definite, even with damp_percent 1")
+            U[e] = one[0]
+    return U, added, damp
 
 
-class _Grid:
-    """Scales and zero points of the groups, found when their first column is reached, or before.
-
-    importance: [K], diag(H): what an error in a feature costs, if nothing makes up for it.
-    """
-
-    def __init__(
-        self,
-        Wt: Tensor,
-        importance: Tensor,
-        group_size: int,
-        scheme: Scheme,
-        settings: Settings,
-        dtype: torch.dtype,
-    ) -> None:
-        self.scheme, self.settings, self.dtype, self.group_size = scheme, settings, dtype, group_size
-        self.importance = importance
-        shape = (len(Wt) // group_size, Wt.shape[1])
-        self.scales = torch.empty(shape, device=Wt.device)
-        self.zeros = None if scheme.sym else torch.empty(shape, device=Wt.device)
-        if settings.static_groups:
-            groups = Wt.unflatten(0, (-1, group_size))
-            self._find(slice(None), groups, importance.view(groups.shape[:-1]))
-
-    def reach(self, group: int, Wt: Tensor, columns: Tensor) -> None:
-        """Wt [g, N]: the columns of a group, with the errors of all columns before made up for."""
-        if not self.settings.static_groups:
-            self._find(group, Wt, self.importance[columns])
-
-    def _find(self, where: slice | int, groups: Tensor, importance: Tensor) -> None:
-        bits, sym, norm = self.scheme.bits, self.scheme.sym, self.settings.mse
-        if not self.settings.scale_search:
-            importance = torch.ones_like(importance)
-        if self.settings.scale_search or norm:
-            scales, zeros = search_grid(groups, bits, sym, self.dtype, importance, norm or 2.0)
-        else:
-            scales, zeros = find_grid(groups, bits, sym, self.dtype)
-        self.scales[where] = scales.float()
-        if self.zeros is not None and zeros is not None:
-            self.zeros[where] = zeros
+def _factor(H: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """U fp32 [E, K, K] in the dtype of H, and for which of them that went well, bool [E]."""
+    A = H.flip(-2, -1)
+    A.diagonal(dim1=-2, dim2=-1).add_(added.flip(-1))
+    L, info = torch.linalg.cholesky_ex(A)
+    del A
+    R = L.flip(-2, -1)
+    del L
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device)
+    U = torch.linalg.solve_triangular(R, eye.expand_as(R), upper=True).float()
+    del R, eye  # five of them are held at the most, as gptq_fx/streaming.py counts
+    finite = torch.isfinite(U.amax((-2, -1)) - U.amin((-2, -1)))
+    return U.contiguous(), (info == 0) & finite
 
 
-def _columns(W: Tensor, U: Tensor, grid: _Grid, perm: Tensor, group_of: list[int]) -> Tensor:
-    """The codes of W^T [K, N], whose rows are the columns of W in the order of work; W is used up."""
-    K, group_size, top = len(W), grid.group_size, 2**grid.scheme.bits - 1
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    middle = float(2 ** (grid.scheme.bits - 1))
-    diagonal = U.diagonal().tolist()
-    for start, stop in _blocks(K, group_size):
-        block, Ub = W[start:stop], U[start:stop, start:stop]
-        Err = torch.empty_like(block)
-        for i in range(start, stop):
-            w, group, row = block[i - start], group_of[i], i - start
-            if i % group_size == 0:
-                ahead = slice(i, i + group_size)
-                grid.reach(group, W[ahead], perm[ahead])
-            s = grid.scales[group]
-            z = middle if grid.zeros is None else grid.zeros[group]
-            q = (w / s).round_().add_(z).clamp_(0, top)
-            codes[i] = q
-            error = torch.sub(w, q.sub_(z).mul_(s), out=Err[row]).div_(diagonal[i])
-            block[row + 1 :].addr_(Ub[row, row + 1 :], error, alpha=-1)
-        W[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
-    return codes
+def _shift(W: Tensor, hessian: Hessian, perm: Tensor, U: Tensor, part: float) -> Tensor | None:
+    """part * W C^T Hinv [N, K], in the order of work; W is not."""
+    if not part or hessian.drift is None:
+        return None
+    scale = part / max(hessian.tokens, 1)
+    if W.shape[0] <= W.shape[1]:
+        return ((W @ hessian.drift.T)[:, perm] @ U.T @ U).mul_(scale)
+    return (W @ (hessian.drift.T[:, perm] @ U.T @ U)).mul_(scale)
 
 
-def _blocks(K: int, group_size: int) -> Iterator[tuple[int, int]]:
-    """Runs of at most BLOCK columns; groups start where blocks start, or lie within one."""
-    span = group_size if group_size > BLOCK else BLOCK // group_size * group_size
-    for first in range(0, K, span):
-        last = min(first + span, K)
-        for start in range(first, last, BLOCK):
-            yield start, min(start + BLOCK, last)
+def _static(W: Tensor, importance: Tensor, perm: Tensor, group_size: int, search: Search) -> Static:
+    """The grids of weights that no error has reached yet; W and importance in the order of work."""
+    place = perm.argsort(dim=-1)
+    groups = W.mT.take_along_dim(place[..., None], 1).unflatten(1, (-1, group_size))
+    weights = importance.take_along_dim(place, -1).unflatten(1, (-1, group_size))
+    scales, zeros = search(groups, weights)
+    return Static(scales, zeros, perm // group_size)
 
 
-def _result(W: Tensor, H: Tensor, codes: Tensor, grid: _Grid, g_idx: Tensor | None, damp: float) -> Result:
-    group = torch.arange(len(codes), device=W.device) // grid.group_size if g_idx is None else g_idx
-    z = float(2 ** (grid.scheme.bits - 1)) if grid.zeros is None else grid.zeros[group]
-    E = W - ((codes - z) * grid.scales[group]).T
-    return Result(
-        codes,
-        grid.scales.to(grid.dtype),
-        grid.zeros,
-        None if g_idx is None else g_idx.to(torch.int32),
-        error=((E @ H) * E).sum(1),
-        energy=((W @ H) * W).sum(1),
-        damp=damp,
-    )
+def _added_loss(W: Tensor, found: Columns, added: Tensor, static: Static | None) -> Tensor:
+    """(W - Wq) diag(added) (W - Wq)^T [E, N], which is no error; all in the order of work."""
+
+    def of_columns(grid: Tensor) -> Tensor:
+        if static is None:
+            return grid.mT.repeat_interleave(W.shape[-1] // grid.shape[1], -1)
+        return grid.mT.take_along_dim(static.group_of[:, None], -1)
+
+    Wq = found.codes.mT.float()
+    Wq -= 2.0 ** (found.bits - 1) if found.zeros is None else of_columns(found.zeros)
+    Wq *= of_columns(found.scales)
+    Wq -= W
+    loss: Tensor = Wq.square_().mul_(added[:, None]).sum(-1)
+    return loss
+
+
+def _in_place(
+    found: Columns, perm: Tensor, group_size: int, static: bool, desc_act: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """codes, scales, zeros and g_idx of the features as they lie in W."""
+    E, K, N = found.codes.shape
+    codes = found.codes.gather(1, perm.argsort(dim=-1)[..., None].expand(E, K, N))
+    if static:
+        return codes, found.scales, found.zeros, None
+    if desc_act:
+        g_idx = torch.empty(E, K, dtype=torch.int32, device=perm.device)
+        g_idx.scatter_(1, perm, (torch.arange(K, device=perm.device) // group_size).int().expand(E, K))
+        return codes, found.scales, found.zeros, g_idx
+    place = (perm[:, ::group_size] // group_size).argsort(dim=-1)[..., None].expand_as(found.scales)
+    zeros = None if found.zeros is None else found.zeros.gather(1, place)
+    return codes, found.scales.gather(1, place), zeros, None

@@ -7,6 +7,8 @@ that the codes are the nearest ones on the grid that will be used.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,55 @@ from gptq_fx.weight import QuantizedWeight
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # How much of the range of its group a grid may cover: a little more helps where +absmax is clipped.
 PARTS = tuple(1.06 - 0.04 * i for i in range(15))
+BLOCK = 128  # columns after which the errors reach the columns behind the block
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the grid of a group is found: of its range (norm None), or of the part of it that rounds best.
+
+    norm: the exponent of the error. dtype: of the scales.
+    """
+
+    bits: int
+    sym: bool
+    dtype: torch.dtype
+    norm: float | None
+
+    def __call__(self, groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
+        """groups [*, G, g, N] of W^T, importance [*, G, g] -> fp32 scales [*, G, N], and zero points."""
+        if self.norm is None:
+            scales, zeros = find_grid(groups, self.bits, self.sym, self.dtype)
+        else:
+            scales, zeros = search_grid(groups, self.bits, self.sym, self.dtype, importance, self.norm)
+        return scales.float(), zeros
+
+
+@dataclass(frozen=True)
+class Static:
+    """Grids found before any column is rounded: scales, zeros [E, G, N] fp32 (zeros None: symmetric).
+
+    group_of: int64 [E, K], the row of them for each column, in the order of work.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+    group_of: Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the column loop gives: codes uint8 [E, K, N] in the order of work.
+
+    scales, zeros: fp32 [E, G, N], those of Static, or of the groups in the order of work.
+    loss: [E, N], sum of the squares of Err. bits: of the codes.
+    """
+
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    loss: Tensor
 
 
 def find_grid(groups: Tensor, bits: int, sym: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ from gptq_fx.ranks import Ranks
 from gptq_fx.report import Report
 from gptq_fx.scheme import Scheme
 from gptq_fx.shard import cut
+from gptq_fx.streaming import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ def quantize(
         graph is quantized by GPTQ on what reaches it, and one that nothing reaches is rounded to nearest.
         None rounds all to nearest. Without inputs there is no graph to read, so that the linears are the
         modules that are one: nn.Linear and its subclasses, and transformers' Conv1D.
-    device: where to compute; the weights stay on their own.
+    device: where weights are solved; those of the model stay on their own.
     A model that transformers has split between ranks (tp_plan) is quantized by a call on every rank: each
         weight is gathered, rounded and cut, so that its integers do not depend on the number of ranks.
+    max_memory: bytes of `device` ("8GB"), for a model on the CPU that does not fit it: everything is computed
+        there, with the weights of one stage and the activations of one batch at a time.
     progress: show a bar for what takes over two seconds.
     resume_dir: a folder for the finished stages of a calibration in sequence. A run that was killed
         goes on behind the last of them when it is started again, and gives the same integers.
@@ -89,8 +92,7 @@ def quantize(
     or Inf; KernelError where nothing can run a site; ConfigError on what is not legal.
     """
     config = config or GPTQConfig()
-    if max_memory is not None:
-        raise ConfigError(f"max_memory={max_memory!r}: not in this version. Legal: None")
+    budget = None if max_memory is None else _budget(model, config, calibration, device, max_memory)
     if resume_dir is not None and (calibration is None or not config.sequential):
         raise ConfigError(f"resume_dir={resume_dir!r}: only calibration with sequential=True has stages")
     if process_group is not None and (calibration is None or resume_dir is not None):
@@ -99,24 +101,30 @@ def quantize(
             "it is not in this version. Legal: with calibration, without resume_dir"
         )
     reached: dict[int, Linear] = {}
+    phases = None
     if calibration is not None and any(map(is_split, model.parameters())):
         raise CalibrationError(
             "calibration: the model is split between ranks. Legal: calibration=None; or calibrate the whole "
             "model, save it, and load it with from_pretrained(path, distributed_config=...)"
         )
     if calibration is not None:
-        reached = calibrate(
+        reached, phases = calibrate(
             model,
             calibration,
             config,
             device=device,
             progress=progress,
             resume_dir=resume_dir,
+            max_memory=budget,
             ranks=Ranks(process_group),
         )
     weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
-    for weight in with_progress(chosen, "checking weights", show=progress):
+    if phases is not None:
+        report.seconds = dict(phases.seconds)
+        report.notes.append(f"calibration: {phases}")
+    rounded = [w for w in chosen if w.calibrated is None]  # the others were checked before
+    for weight in with_progress(rounded, "checking weights", show=progress):
         check_finite(gathered(weight.parameter), weight.name)
     made: dict[tuple[int, bool], QuantizedParameter] = {}
     for weight in with_progress(chosen, "quantizing", show=progress):
@@ -138,6 +146,27 @@ def quantize(
     if calibration is None and config.calibration_settings:
         report.notes.append(f"without effect without calibration: {', '.join(config.calibration_settings)}")
     return report
+
+
+def _budget(
+    model: nn.Module,
+    config: GPTQConfig,
+    calibration: object,
+    device: torch.device | str | None,
+    max_memory: object,
+) -> int:
+    budget = parse_bytes(max_memory)
+    given = f"max_memory={max_memory!r}"
+    if device is None:
+        raise ConfigError(f"{given}: found no device. Legal: with device, whose memory it is of")
+    if calibration is None or not config.sequential:
+        raise ConfigError(f"{given}: only calibration with sequential=True has stages")
+    if any(isinstance(p, QuantizedParameter) for p in model.parameters()):
+        raise ConfigError(f"{given}: the model holds quantized weights. Legal: a dense model")
+    found = sorted({str(p.device) for p in model.parameters()} - {"cpu"})
+    if found:
+        raise ConfigError(f"{given}: the model is on {', '.join(found)}. Legal: a model on the CPU")
+    return budget
 
 
 def _modules(model: nn.Module, config: GPTQConfig, reached: dict[int, Linear]) -> list[_Weight]:

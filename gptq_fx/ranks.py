@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gptq_fx.errors import CalibrationError
-from gptq_fx.gptq import Hessian
+from gptq_fx.hessian import Hessian
 from gptq_fx.parameter import QuantizedParameter
 
 T = TypeVar("T")

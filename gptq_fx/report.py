@@ -52,13 +52,15 @@ class SiteRecord:
 class Report:
     """sites: one record for each weight. unused_rules: rules of the user's that matched no site.
 
-    notes: what does not belong to one site. graphs: of `explain`, each before and after the passes.
+    notes: what does not belong to one site. seconds: what calibration spent on each phase.
+    graphs: of `explain`, each before and after the passes.
     str() is a table; sites that differ only in their layer number share a row.
     """
 
     sites: list[SiteRecord] = field(default_factory=list)
     unused_rules: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
     graphs: list[GraphRecord] = field(default_factory=list)
 
     def add(

@@ -7,12 +7,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
-from gptq_fx.gptq import Hessian, Result, Settings, gptq
+from gptq_fx.gptq import Result, Settings, gptq, gptq_stack
 from gptq_fx.grid import relative_error, round_to_nearest
+from gptq_fx.hessian import Hessian
 from gptq_fx.linear import Linear, Measured, Quantized
+from gptq_fx.phases import phase
 from gptq_fx.ranks import ALONE, Ranks
+from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
+
+# fp32 numbers of one matrix [E, K, K] or [E, N, K]: so many experts are solved together.
+TOGETHER = 2**27
+
+
+def together(N: int, K: int) -> int:
+    """How many experts [N, K] are solved at a time."""
+    return max(1, TOGETHER // (K * max(N, K)))
 
 
 def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings, ranks: Ranks = ALONE) -> None:
@@ -23,22 +35,24 @@ def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings, ranks
     start = time.perf_counter()
     device, scheme = hessian.matrix.device, linears[0].scheme
     assert scheme is not None
-    dense = [linear.dense.to(device) for linear in linears]
+    with phase("transfer"):
+        dense = [linear.dense.to(device) for linear in linears]
     rows = torch.cat(dense)
     solved = gptq(rows[ranks.part(len(rows))], hessian, scheme, settings, dense[0].dtype)
     solved = _joined(solved, ranks, len(rows))
     seconds = (time.perf_counter() - start) / len(linears)
     first = 0
-    for linear, W in zip(linears, dense, strict=True):
-        part = slice(first, first := first + W.shape[0])
-        zeros = None if solved.zeros is None else solved.zeros[:, part]
-        weight = QuantizedWeight.from_codes(
-            solved.codes[:, part], solved.scales[:, part], zeros, scheme.bits, solved.g_idx
-        )
-        loss = float(solved.error[part].sum() / solved.energy[part].sum().clamp_min(1e-30))
-        measured = Measured(loss, hessian.tokens, solved.damp, seconds)
-        error = relative_error(W, weight)
-        linear.quantized = Quantized(weight.to(linear.parameter.device), error, measured)
+    with phase("pack"):
+        for linear, W in zip(linears, dense, strict=True):
+            part = slice(first, first := first + W.shape[0])
+            zeros = None if solved.zeros is None else solved.zeros[:, part]
+            weight = QuantizedWeight.from_codes(
+                solved.codes[:, part], solved.scales[:, part], zeros, scheme.bits, solved.g_idx
+            )
+            loss = float(solved.error[part].sum() / solved.energy[part].sum().clamp_min(1e-30))
+            measured = Measured(loss, hessian.tokens, solved.damp, seconds)
+            error = relative_error(W, weight)
+            linear.quantized = Quantized(weight.to(linear.parameter.device), error, measured)
 
 
 def _joined(solved: Result, ranks: Ranks, rows: int) -> Result:
@@ -68,45 +82,74 @@ def solve_experts(
     share: each on the tokens of all. Every token comes as often as experts take it, so that the sum of
     their Hessians is that of all tokens, but for a factor.
     """
-    if share:
-        hessians = [Hessian.sum(hessians)] * len(hessians)
     start = time.perf_counter()
     scheme, device = linear.scheme, hessians[0].matrix.device
     assert scheme is not None
-    seen = [e for e, hessian in enumerate(hessians) if hessian.tokens >= least]
-    starved = [e for e, hessian in enumerate(hessians) if hessian.tokens < least]
-    unordered = replace(scheme, desc_act=False)
-    found = {e: round_to_nearest(linear.dense[e], unordered, linear.name) for e in starved}
+    E, N, K = linear.dense.shape
+    tokens = [hessian.tokens for hessian in hessians]
+    if share:
+        hessians = [Hessian.sum(hessians)] * E
+    seen = [e for e in range(E) if hessians[e].tokens >= least]
+    starved = [e for e in range(E) if hessians[e].tokens < least]
+    parts: dict[int, QuantizedWeight] = {
+        e: round_to_nearest(linear.dense[e], replace(scheme, desc_act=False), linear.name) for e in starved
+    }
+    mine, at_a_time = seen[ranks.part(len(seen))], together(N, K)
+    stacks, measures = [], []
+    for first in range(0, len(mine), at_a_time):
+        some = mine[first : first + at_a_time]
+        with phase("transfer"):
+            W = torch.stack([linear.dense[e].to(device) for e in some])
+        solved = _solve_stack(W, [hessians[e] for e in some], scheme, settings, share)
+        with phase("pack"):
+            codes, scales, zeros = solved.codes, solved.scales, solved.zeros
+            stacks.append(QuantizedWeight.from_codes(codes, scales, zeros, scheme.bits, solved.g_idx))
+        losses = zip(solved.error.sum(1).tolist(), solved.energy.sum(1).tolist(), strict=True)
+        measures += [(*loss, solved.damp) for loss in losses]
     error = energy = damp = 0.0
     if seen:
-        mine = seen[ranks.part(len(seen))]
-        solved = [
-            gptq(linear.dense[e].to(device), hessians[e], scheme, settings, linear.dense.dtype) for e in mine
+        tensors = [
+            None if t[0] is None else torch.cat(t) for t in zip(*(s.tensors for s in stacks), strict=True)
         ]
-        stack = QuantizedWeight.stack(
-            [QuantizedWeight.from_codes(r.codes, r.scales, r.zeros, scheme.bits, r.g_idx) for r in solved]
-        )
-        measures = [(float(r.error.sum()), float(r.energy.sum()), r.damp) for r in solved]
-        joined = [None if t is None else ranks.join(t, 0, len(seen)) for t in stack.tensors]
+        joined = [None if t is None else ranks.join(t, 0, len(seen)) for t in tensors]
+        everyone = QuantizedWeight(scheme.bits, K, *joined)  # type: ignore[arg-type]
+        stacked = everyone.to(linear.parameter.device)
+        parts |= {e: stacked.expert(i) for i, e in enumerate(seen)}
         measures = ranks.join_list(measures, len(seen))
-        stack = QuantizedWeight(scheme.bits, stack.in_features, *joined)  # type: ignore[arg-type]
-        found |= {e: stack.expert(i).to(linear.parameter.device) for i, e in enumerate(seen)}
-        tokens = [hessians[e].tokens for e in seen]
-        error = sum(m[0] * t for m, t in zip(measures, tokens, strict=True))
-        energy = sum(m[1] * t for m, t in zip(measures, tokens, strict=True))
+        counts = [hessians[e].tokens for e in seen]
+        error = sum(m[0] * t for m, t in zip(measures, counts, strict=True))
+        energy = sum(m[1] * t for m, t in zip(measures, counts, strict=True))
         damp = max(m[2] for m in measures)
-    parts = [found[e] for e in range(len(hessians))]
-    if scheme.desc_act:
-        parts = [_with_g_idx(part) for part in parts]
-    weight = QuantizedWeight.stack(parts)
+    with phase("pack"):
+        stack = [_with_g_idx(parts[e]) if scheme.desc_act else parts[e] for e in range(E)]
+        weight = QuantizedWeight.stack(stack)
+        relative = relative_error(linear.dense, weight)
     seconds = time.perf_counter() - start
-    total = hessians[0].tokens if share else sum(h.tokens for h in hessians)
-    measured = Measured(error / max(energy, 1e-30), total, damp, seconds)
+    measured = Measured(error / max(energy, 1e-30), sum(tokens), damp, seconds)
     note = ""
     if starved:
         named = ", ".join(map(str, starved))
-        note = f"{len(starved)} of {len(parts)} experts saw fewer than {least} tokens: rounded: {named}"
-    linear.quantized = Quantized(weight, relative_error(linear.dense, weight), measured, note)
+        note = f"{len(starved)} of {E} experts saw fewer than {least} tokens: rounded: {named}"
+    linear.quantized = Quantized(weight, relative, measured, note)
+
+
+def _solve_stack(
+    W: Tensor, hessians: Sequence[Hessian], scheme: Scheme, settings: Settings, share: bool
+) -> Result:
+    """gptq of W [E, N, K]; where they share their Hessian, as one matrix [E * N, K]."""
+    if not share:
+        return gptq_stack(W, hessians, scheme, settings, W.dtype)
+    found = gptq(W.flatten(0, 1), hessians[0], scheme, settings, W.dtype)
+    apart = (len(W), -1)
+    return Result(
+        found.codes.unflatten(1, apart).movedim(1, 0),
+        found.scales.unflatten(1, apart).movedim(1, 0),
+        None if found.zeros is None else found.zeros.unflatten(1, apart).movedim(1, 0),
+        None if found.g_idx is None else found.g_idx.expand(len(W), -1),
+        found.error.unflatten(0, apart),
+        found.energy.unflatten(0, apart),
+        found.damp,
+    )
 
 
 def _with_g_idx(weight: QuantizedWeight) -> QuantizedWeight:

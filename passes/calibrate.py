@@ -71,14 +71,28 @@ class Run:
 Tap = Callable[[Run, Stage, fx.Node], None]
 # What a linear multiplies by in place of its dense parameter: quantized and dequantized, or itself.
 WeightOf = Callable[[Tensor], Tensor]
+# A weight or input of the model -> the same where the graph runs.
+Here = Callable[[Tensor], Tensor]
 # What a linear is to become; None leaves it.
 Wanted = Callable[[Site], object]
 
 
 class StagedGraph:
-    """A graph that can be run as far as any of its stages."""
+    """A graph that can be run as far as any of its stages.
 
-    def __init__(self, gm: fx.GraphModule, plan: Plan, wanted: Wanted) -> None:
+    here: applied to placeholders where they are read. count: told of the values that are held, after each
+    node.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        plan: Plan,
+        wanted: Wanted,
+        here: Here | None = None,
+        count: Callable[[dict[fx.Node, Any]], None] | None = None,
+    ) -> None:
+        self.here, self.count = here, count
         self.placeholders = list(plan.values)  # the values, parameters among them, are not kept
         linears = _agreeing(plan, wanted)
         # Where a linear reads its weight: at its own node, or at a transpose in front of it.
@@ -131,24 +145,28 @@ class StagedGraph:
     def _run_node(self, run: Run, node: fx.Node, weight_of: WeightOf) -> None:
         env = run.env
         weight = self.weight_read_at.get(node)
-        dense = env.get(weight) if weight is not None else None
+        taken = {n: env[n] for n in node.all_input_nodes}
         if weight is not None:
-            env[weight] = weight_of(env[weight])
-        self.interpreter.env = env
+            taken[weight] = weight_of(taken[weight])
+        if self.here is not None:
+            for n, value in taken.items():
+                if n.op == "placeholder" and isinstance(value, Tensor):
+                    taken[n] = self.here(value)
+        self.interpreter.env = taken
         env[node] = self.interpreter.run_node(node)
-        if weight is not None:
-            env[weight] = dense
+        if self.count is not None:
+            self.count(env)
         if node in self.moves:
-            self._number(run, node)
+            self._number(run, node, taken)
         for gone in self.dead_after.get(node, ()):
             del env[gone]
             run.tokens.pop(gone, None)
 
-    def _number(self, run: Run, node: fx.Node) -> None:
-        """Do to the numbers of tokens what a call does to tokens."""
+    def _number(self, run: Run, node: fx.Node, taken: dict[fx.Node, Any]) -> None:
+        """Do to the numbers of tokens what a call does to tokens; taken: what it was called with."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        x = run.env[source]
+        x = taken[source]
         if source in run.tokens:
             count, numbers = run.tokens[source]
         else:
@@ -156,7 +174,7 @@ class StagedGraph:
             numbers = torch.arange(count, dtype=torch.int32, device=x.device)
             numbers = numbers.view(*x.shape[:-1], 1).expand_as(x)
         if call_name(node) not in CASTS:
-            self.interpreter.env = {**run.env, source: numbers}
+            self.interpreter.env = {**taken, source: numbers}
             numbers = self.interpreter.run_node(node)
         run.tokens[node] = count, numbers
         for which in self.moves[node]:

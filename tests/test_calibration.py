@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import gptq_fx
 from gptq_fx import CalibrationError, ConfigError, GPTQConfig, QuantizedParameter, Report, WeightError
 from gptq_fx import calibration as calibration_module
-from gptq_fx.gptq import Hessian, Settings, gptq
+from gptq_fx.gptq import Settings, gptq
+from gptq_fx.hessian import Hessian
 from gptq_fx.report import SiteRecord
 from gptq_fx.scheme import Scheme
 
@@ -450,6 +451,28 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
         quantize(model, batches())
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_out_of_memory_names_the_stage_and_can_be_resumed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, whole = llama(), llama()
+    solve, calls = calibration_module.solve, []
+
+    def full(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+        solve(*args)
+
+    monkeypatch.setattr(calibration_module, "solve", full)
+    with pytest.raises(gptq_fx.OutOfMemoryError, match=r"stage 4 of 8 \(model\.layers\.0\.mlp\.down_proj\)"):
+        quantize(model, batches(), resume_dir=str(tmp_path))
+    assert not codes(model)
+    quantize(model, batches(), resume_dir=str(tmp_path))
+    assert len(calls) == 4 + 5
+    quantize(whole, batches())
+    assert same_codes(model, whole)
 
 
 SCRIPT = """

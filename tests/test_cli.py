@@ -85,6 +85,14 @@ def test_quantize_with_calibration(dense: Path, tmp_path: Path) -> None:
     assert not model.model.layers[0].mlp.up_proj.weight.scheme.sym
 
 
+def test_quantize_streams_where_memory_is_given(dense: Path, tmp_path: Path) -> None:
+    options = ("--group-size", 32, "--calibration", dense / "text.txt", "--length", 32, "--samples", 3)
+    where = ("--device", "cpu", "--max-memory")
+    found = as_json("quantize", dense, tmp_path / "q", *options, *where, "1GB")
+    assert all(s["tokens"] == 96 for s in found["quantized"]["sites"] if s["scheme"] is not None)
+    failed("to be solved", "quantize", dense, tmp_path / "p", *options, *where, "10KB")
+
+
 def test_explain(dense: Path, checkpoint: Path) -> None:
     sites = {s["name"]: s for s in as_json("explain", dense, "--group-size", 32)["sites"]}
     assert sites["model.layers.0.mlp.up_proj"]["scheme"]["bits"] == 4

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import gptq_fx
 from gptq_fx import GPTQConfig, QuantizedParameter, Report
 from gptq_fx.experts import quantized_experts
-from gptq_fx.gptq import Hessian, Settings, gptq
+from gptq_fx.gptq import Settings, gptq
 from gptq_fx.grid import round_to_nearest
+from gptq_fx.hessian import Hessian
 from gptq_fx.kernels import choose_kernel, get_kernel, grouped
 from gptq_fx.kernels.block import ACTIVATIONS
 from gptq_fx.packed import PackedWeight, run_experts

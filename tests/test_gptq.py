@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptq_fx.errors import CalibrationError
-from gptq_fx.gptq import Hessian, Result, Settings, gptq, inverse_factor
+from gptq_fx.gptq import Result, Settings, gptq, inverse_factor
 from gptq_fx.grid import find_grid, round_to_grid, round_to_nearest
+from gptq_fx.hessian import Hessian, check
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
@@ -246,16 +247,19 @@ def test_fewer_tokens_than_features() -> None:
 def test_damping_grows_until_the_hessian_can_be_factorized() -> None:
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 1.2  # eigenvalues -0.2 and 2.2
-    U, damp = inverse_factor(H, 0.01)
-    assert 0.2 < damp < 0.23
-    torch.testing.assert_close(U.T @ U, torch.linalg.inv(H + damp * torch.eye(8)), rtol=1e-3, atol=1e-3)
+    fine = torch.eye(8)
+    U, added, damp = inverse_factor(torch.stack([H, fine]), 0.01)
+    assert 0.2 < damp[0] < 0.23
+    assert damp[1] == 0.01
+    for u, h, a in zip(U, (H, fine), added, strict=True):
+        torch.testing.assert_close(u.T @ u, torch.linalg.inv(h + a.diag()), rtol=1e-3, atol=1e-3)
 
 
 def test_a_hessian_beyond_damping_is_refused() -> None:
     H = torch.eye(8)
     H[0, 1] = H[1, 0] = 5.0
     with pytest.raises(CalibrationError, match="not positive definite"):
-        inverse_factor(H, 0.05)
+        inverse_factor(H[None], 0.05)
 
 
 def test_float64_where_float32_is_not_enough() -> None:
@@ -263,17 +267,21 @@ def test_float64_where_float32_is_not_enough() -> None:
     x[:, 1] = x[:, 0] * (1 + 1e-5)
     x[:, 0] *= 1e4
     H = (x.T @ x).float()
-    U, damp = inverse_factor(H, 1e-9)
+    U, _, damp = inverse_factor(H[None], 1e-9)
     assert torch.isfinite(U).all()
-    assert damp <= 0.02
+    assert damp[0] <= 0.02
 
 
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
 def test_activations_that_are_no_numbers_are_named(value: float, word: str) -> None:
     x = inputs(64)
     x[3, 5] = value
-    with pytest.raises(CalibrationError, match=word):
-        Hessian(64).add(x)
+    found = Hessian(64)
+    found.add(inputs(64), batch=3)
+    found.add(x, batch=4)
+    found.add(inputs(64), batch=5)
+    with pytest.raises(CalibrationError, match=f"{word} among the activations, in batch 4"):
+        check([Hessian(64), found])
 
 
 def test_hessians_add_up() -> None:

@@ -332,7 +332,7 @@ def test_a_kernel_refusal_is_complete_and_the_model_left_as_it_was(monkeypatch):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("max_memory", "not in this version. Legal: None"),
+        ("max_memory", "Legal: a number above 0"),
         ("resume_dir", "only calibration with sequential=True has stages"),
     ],
 )

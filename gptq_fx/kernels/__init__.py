@@ -3,7 +3,7 @@
 To add one, write its file and import it here.
 """
 
-from gptq_fx.kernels import ascend, block, cpu, grouped, humming, marlin, reference, triton
+from gptq_fx.kernels import ascend, block, cpu, grouped, humming, marlin, reference, triton, triton_gptq
 from gptq_fx.kernels.registry import (
     ExpertOps,
     Kernel,
@@ -34,4 +34,5 @@ __all__ = [
     "reference",
     "register",
     "triton",
+    "triton_gptq",
 ]
