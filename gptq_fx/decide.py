@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -54,6 +56,19 @@ def restore_marks(root: nn.Module | None) -> None:
         for parameter in parameters:
             if not isinstance(parameter, QuantizedParameter) and not hasattr(parameter, LEFT_DENSE):
                 setattr(parameter, LEFT_DENSE, ADDED)
+
+
+@contextlib.contextmanager
+def marks_for_now(root: nn.Module) -> Iterator[None]:
+    """restore_marks, undone at the end."""
+    before = {id(p) for p in root.parameters() if hasattr(p, LEFT_DENSE)}
+    restore_marks(root)
+    try:
+        yield
+    finally:
+        for parameter in root.parameters():
+            if id(parameter) not in before and hasattr(parameter, LEFT_DENSE):
+                delattr(parameter, LEFT_DENSE)
 
 
 def decide(

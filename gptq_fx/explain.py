@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from gptq_fx.backend import make_plan
 from gptq_fx.config import GPTQConfig
-from gptq_fx.decide import Decision, decide, restore_marks
+from gptq_fx.decide import Decision, decide, marks_for_now
 from gptq_fx.names import names_by_id
 from gptq_fx.observe import observe
 from gptq_fx.passes import run
@@ -35,7 +35,6 @@ def explain(model: nn.Module, *args: Any, config: GPTQConfig | None = None, **kw
     stand-ins for what would be quantized. Raises KernelError and ConfigError as compiling would.
     """
     config = config or GPTQConfig()
-    restore_marks(model)
     seen: list[tuple[Site, Tensor]] = []
     sites: dict[fx.GraphModule, list[tuple[Site, int]]] = {}
     graphs: list[GraphRecord] = []
@@ -47,9 +46,9 @@ def explain(model: nn.Module, *args: Any, config: GPTQConfig | None = None, **kw
         seen.extend((site, values[i]) for site, i in sites[gm])
         return gm.forward(*values)
 
-    with torch.no_grad():
+    with marks_for_now(model), torch.no_grad():
         observe(model, args, kwargs, note)
-    report = _report(model, seen, config)
+        report = _report(model, seen, config)
     report.graphs = graphs
     return report
 

@@ -254,11 +254,11 @@ def test_one_rank_of_two(tmp_path: Path) -> None:
         """\
 redistribute(f32[1, 3, 64])
 gptq.linear(f32[1, 3, 64], q|k|v.0 int32[8, 64], q|k|v.1 f32[1, 64], 4)
-split(y, [32, 16, 16], -1)
+split_with_sizes(y, [32, 16, 16], -1)
 gptq.linear(f32[1, 3, 32], o.0 int32[4, 64], o.1 f32[1, 64], 4)
 all_reduce(f32[1, 3, 64], sum, 0)
 gptq.linear(f32[1, 3, 64], gate|up.0 int32[8, 128], gate|up.1 f32[1, 128], 4)
-split(y, [64, 64], -1)
+split_with_sizes(y, [64, 64], -1)
 gptq.linear(f32[1, 3, 64], down.0 int32[8, 64], down.1 f32[1, 64], 4)
 all_reduce(f32[1, 3, 64], sum, 0)
 gptq.linear(f32[1, 3, 64], lm_head.0 int32[8, 48], lm_head.1 f32[1, 48], 4)
