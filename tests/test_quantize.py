@@ -102,10 +102,8 @@ def test_quantized_sites_take_at_most_a_third_of_bf16(layout, sym):
         with torch.no_grad():
             torch.compile(model, backend="gptq", options=EAGER)(torch.randn(3, 256).bfloat16())
         assert [p.kernel.name for p in packs] == ["reference" if cpu.available() else "cpu_int4"] * 2
-    held = [
-        t for pack in packs for value in vars(pack.pack).values() if isinstance(value, tuple) for t in value
-    ]
-    stored = sum(t.untyped_storage().nbytes() for t in held if isinstance(t, torch.Tensor))
+    held = [t for pack in packs for t in pack.tensors if t is not None]
+    stored = sum(t.untyped_storage().nbytes() for t in held)
     assert stored == sum(p.nbytes for p in model.parameters())
     assert stored <= 0.35 * dense
 
