@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gptq_fx.kernels.block import BLOCK_ARGUMENTS, block_fake
 from gptq_fx.kernels.marlin import gemm
 from gptq_fx.kernels.marlin.gemm import Weight
 from gptq_fx.kernels.marlin.variants import ORDERED_TOKENS, Tile, WideTile, tile_for, wide_tile_for
@@ -145,15 +146,7 @@ def marlin_grouped(
     out_features: int,
 ) -> Tensor:
     """x [S, K] -> [S, N]: rows ends[e - 1] to ends[e] meet expert e; rows behind the last end give zeros."""
-    w = Weight(packed, scales, zeros, perm, bits, group_tiles, out_features)
-    _check(x, w)
-    S, E = x.shape[0], packed.shape[0]
-    out = _empty(x, S, w).zero_()
-    if S:
-        tile = _stack_tile(S, E, w, x)
-        blocks = gemm.align(_integers(ends), True, S, E, tile.tokens, 1, x.dtype == torch.bfloat16)
-        _gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
-    return out
+    return _stack(x, Weight(packed, scales, zeros, perm, bits, group_tiles, out_features), ends, True)
 
 
 @define_opaque(f"marlin_indexed(Tensor x, {_TENSORS}, Tensor ids, {_ARGS}) -> Tensor", fake=_stack_fake)
@@ -169,13 +162,20 @@ def marlin_indexed(
     out_features: int,
 ) -> Tensor:
     """x [S, K] -> [S, N]: row s meets expert ids[s]; zeros where there is no such expert."""
-    w = Weight(packed, scales, zeros, perm, bits, group_tiles, out_features)
+    return _stack(x, Weight(packed, scales, zeros, perm, bits, group_tiles, out_features), ids, False)
+
+
+def _stack(x: Tensor, w: Weight, which: Tensor, ends: bool) -> Tensor:
+    """which: the expert of each row, or (ends) where the rows of each expert end."""
     _check(x, w)
-    S, E = x.shape[0], packed.shape[0]
+    S, E = x.shape[0], w.packed.shape[0]
     out = _empty(x, S, w).zero_()
     if S:
-        tile = _stack_tile(S, E, w, x)
-        blocks = _blocks(_integers(ids), E, tile, 1, _one_each(S, E), x.dtype)
+        tile, which = _stack_tile(S, E, w, x), _integers(which)
+        if ends:
+            blocks = gemm.align(which, True, S, E, tile.tokens, 1, x.dtype == torch.bfloat16)
+        else:
+            blocks = _blocks(which, E, tile, 1, _one_each(S, E), x.dtype)
         _gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
     return out
 
@@ -194,15 +194,7 @@ def _blocks(
     return gemm.align(ids, False, ids.numel(), experts, tile.tokens, top_k, dtype == torch.bfloat16)
 
 
-def _block_fake(x: Tensor, *rest: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@define_opaque(
-    "marlin_experts(Tensor x, Tensor ids, Tensor weights, Tensor?[] gate_up, Tensor?[] down, "
-    "Tensor? gate_up_bias, Tensor? down_bias, str activation, int[] gate_up_args, int[] down_args) -> Tensor",
-    fake=_block_fake,
-)
+@define_opaque(f"marlin_experts({BLOCK_ARGUMENTS}) -> Tensor", fake=block_fake)
 def marlin_experts(
     x: Tensor,
     ids: Tensor,
@@ -219,7 +211,7 @@ def marlin_experts(
 
     gate_up_bias [E, 2I], down_bias [E, H]. An id that is no expert counts nothing.
     """
-    first, second = _stack(gate_up, gate_up_args), _stack(down, down_args)
+    first, second = _weight(gate_up, gate_up_args), _weight(down, down_args)
     _check(x, first)
     T, k = ids.shape
     if T == 0:
@@ -237,17 +229,17 @@ def marlin_experts(
     active = gemm.usable(gemm.activate(hidden, activation), second.in_features)
     out = _empty(x, rows, second)
     _gemm(active, second, biases[1], tiles[1], out, blocks.each_row())
-    return gemm.combine(out, ids, _weights(weights, x.dtype), E)
+    return gemm.combine(out, ids, _routed(weights, x.dtype), E)
 
 
-def _stack(tensors: Sequence[Tensor | None], args: Sequence[int]) -> Weight:
+def _weight(tensors: Sequence[Tensor | None], args: Sequence[int]) -> Weight:
     packed, scales, zeros, perm = tensors
     assert packed is not None and scales is not None
     bits, group_tiles, out_features = args
     return Weight(packed, scales, zeros, perm, bits, group_tiles, out_features)
 
 
-def _weights(weights: Tensor, dtype: torch.dtype) -> Tensor:
+def _routed(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32, or of the dtype of x."""
     if weights.dtype not in (torch.float32, dtype):
         weights = weights.float()
