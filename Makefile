@@ -59,6 +59,7 @@ bench: $(READY)  ## the tables of examples/benchmarks/results
 	$(BIN)/python examples/benchmarks/decode.py --prompt 64 --out examples/benchmarks/results/decode-short.md
 	$(BIN)/python examples/benchmarks/cpu_rows.py --out examples/benchmarks/results/cpu_rows.md
 	$(BIN)/python examples/benchmarks/passes.py --out examples/benchmarks/results/passes.md
+	$(BIN)/python examples/benchmarks/export.py --out examples/benchmarks/results/export.md
 	$(BIN)/python examples/benchmarks/experts.py --out examples/benchmarks/results/experts.md
 	$(BIN)/python examples/benchmarks/accuracy.py --grids "4 bits, g64, sym" --settings act_group_aware \
 		"default: act_group_aware, scale_search, gptaq" --out examples/benchmarks/results/accuracy.md
