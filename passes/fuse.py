@@ -10,7 +10,7 @@ from torch import fx
 
 from gptq_fx import ops
 from gptq_fx.kernels import get_kernel
-from gptq_fx.packed import can_merge, merged_spec
+from gptq_fx.merged import can_merge, merged_spec
 from gptq_fx.passes.plan import Operand, Plan
 from gptq_fx.passes.rewrites import allowed
 from gptq_fx.passes.swap import canonical_examples

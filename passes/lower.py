@@ -13,7 +13,7 @@ from gptq_fx import ops
 from gptq_fx.gradients import trained_experts, trained_indexed
 from gptq_fx.handles import handle_grouped, handle_linear
 from gptq_fx.kernels import LinearSpec, block, get_kernel, grouped
-from gptq_fx.packed import merged_spec
+from gptq_fx.merged import merged_spec
 from gptq_fx.passes.plan import Operand, Plan
 from gptq_fx.passes.rewrites import allowed
 from gptq_fx.progress import progress

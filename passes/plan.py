@@ -15,8 +15,9 @@ from gptq_fx.decide import Decision
 from gptq_fx.errors import SchemeMismatchError
 from gptq_fx.kernels import Kernel, LinearSpec
 from gptq_fx.lazy import quantized
+from gptq_fx.merged import merge
 from gptq_fx.names import full_path
-from gptq_fx.packed import Pack, PackedWeight, merge
+from gptq_fx.packed import Pack, PackedWeight
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Scheme
 

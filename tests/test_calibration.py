@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gptq_fx
 from gptq_fx import CalibrationError, ConfigError, GPTQConfig, QuantizedParameter, Report, WeightError
-from gptq_fx import calibration as calibration_module
+from gptq_fx import job as job_module
 from gptq_fx.gptq import Settings, gptq
 from gptq_fx.hessian import Hessian
 from gptq_fx.report import SiteRecord
@@ -438,7 +438,7 @@ def test_resume_needs_stages(tmp_path: Path) -> None:
 def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
     before = copy.deepcopy(model.state_dict())
-    solve, calls = calibration_module.solve, []
+    solve, calls = job_module.solve, []
 
     def interrupted(*args: Any) -> None:
         calls.append(args)
@@ -446,7 +446,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         solve(*args)
 
-    monkeypatch.setattr(calibration_module, "solve", interrupted)
+    monkeypatch.setattr(job_module, "solve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(model, batches())
     after = model.state_dict()
@@ -457,7 +457,7 @@ def test_out_of_memory_names_the_stage_and_can_be_resumed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model, whole = llama(), llama()
-    solve, calls = calibration_module.solve, []
+    solve, calls = job_module.solve, []
 
     def full(*args: Any) -> None:
         calls.append(args)
@@ -465,7 +465,7 @@ def test_out_of_memory_names_the_stage_and_can_be_resumed(
             raise torch.OutOfMemoryError("tried to allocate 1 GiB")
         solve(*args)
 
-    monkeypatch.setattr(calibration_module, "solve", full)
+    monkeypatch.setattr(job_module, "solve", full)
     with pytest.raises(gptq_fx.OutOfMemoryError, match=r"stage 4 of 8 \(model\.layers\.0\.mlp\.down_proj\)"):
         quantize(model, batches(), resume_dir=str(tmp_path))
     assert not codes(model)

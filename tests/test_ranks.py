@@ -13,7 +13,7 @@ from ranks import kill_this_rank, on_ranks, run
 from torch import Tensor, nn
 
 import gptq_fx
-from gptq_fx.calibration import _Job
+from gptq_fx.job import Job
 from gptq_fx.ranks import Ranks
 
 
@@ -95,16 +95,16 @@ def test_ranks_that_do_not_agree_are_told_so() -> None:
 
 def failing(how: str) -> None:
     """Rank 1 fails in the middle of the calibration."""
-    add = _Job.add
+    add = Job.add
 
-    def fail(self: _Job, *args: Any) -> None:
+    def fail(self: Job, *args: Any) -> None:
         add(self, *args)
         if dist.get_rank() == 1 and len(self.hessians) and how == "killed":
             kill_this_rank()
         if dist.get_rank() == 1 and how == "raises":
             raise RuntimeError("the power is out")
 
-    _Job.add = fail  # type: ignore[method-assign]  # in this process only
+    Job.add = fail  # type: ignore[method-assign]  # in this process only
     calibrated("llama", dist.group.WORLD)
 
 

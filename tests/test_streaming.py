@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import gptq_fx
 from gptq_fx import ConfigError, GPTQConfig, OutOfMemoryError, Report
 from gptq_fx import calibration as calibration_module
+from gptq_fx import job as job_module
 from gptq_fx.batches import for_calibration
 from gptq_fx.observe import observe
 from gptq_fx.passes.retarget import retarget
@@ -63,7 +64,7 @@ def test_more_layers_and_batches_need_no_more(movers: list[Mover]) -> None:
 def test_nothing_stays_on_the_device_between_stages(
     movers: list[Mover], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve, seen = calibration_module._Job.solve, []
+    solve, seen = job_module.Job.solve, []
 
     def look(job: Any, key: Any, hessians: Any) -> Any:
         held = [list(run.env.values()) for run in runs]
@@ -76,7 +77,7 @@ def test_nothing_stays_on_the_device_between_stages(
     runs: list[Any] = []
     record = calibration_module.record
     monkeypatch.setattr(calibration_module, "record", lambda *a: runs.extend(record(*a)) or runs)
-    monkeypatch.setattr(calibration_module._Job, "solve", look)
+    monkeypatch.setattr(job_module.Job, "solve", look)
     quantize(llama(), batches(), "1GB")
     assert seen
     assert all(found == (0, []) for found in seen)

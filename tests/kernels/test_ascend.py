@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from gptq_fx import QuantizedWeight, Scheme, WeightError
 from gptq_fx.kernels import LinearSpec, ascend, ascend_layout, registry
 from gptq_fx.kernels.ascend import ascend_linear
-from gptq_fx.packed import can_merge
+from gptq_fx.merged import can_merge
 from gptq_fx.scheme import BITS
 
 # The same kernel for tensors of the CPU, where the emulation is.
