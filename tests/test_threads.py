@@ -20,7 +20,8 @@ import gptq_fx
 from gptq_fx import modes
 from gptq_fx.kernels import cpu, get_kernel, registry
 from gptq_fx.lazy import quantized as lazily
-from gptq_fx.packed import PackedWeight, merge
+from gptq_fx.merged import merge
+from gptq_fx.packed import PackedWeight
 from gptq_fx.resolve import Resolver
 from gptq_fx.scheme import Scheme
 
