@@ -19,7 +19,8 @@ import gptq_fx
 from gptq_fx import DenseUseError, GPTQConfig, GPTQError, QuantizedParameter, Scheme
 from gptq_fx.grid import round_to_nearest
 from gptq_fx.kernels import cpu, get_kernel
-from gptq_fx.packed import PackedWeight, can_merge, live, merge
+from gptq_fx.merged import can_merge, merge
+from gptq_fx.packed import PackedWeight, live
 
 N, K = 128, 64
 
