@@ -206,6 +206,7 @@ class Plan:
                 continue
             with gm.graph.inserting_after(self._last_input):
                 node = gm.graph.placeholder(f"{stem}_{i}")
+            node.target = node.name  # an argument of the graph's code; a weight may be taken by several calls
             node.meta["example_value"] = self._fake(tensor)
             # AOTAutograd reads both: where the input comes from, and that its address stays.
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}

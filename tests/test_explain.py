@@ -121,3 +121,18 @@ def test_stacks_of_experts_have_a_record_each() -> None:
 def test_a_bad_config_is_refused() -> None:
     with pytest.raises(ConfigError):
         explain(MLP(), X, config=GPTQConfig(bits=5))
+
+
+def test_a_weight_that_several_linears_use() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.linear(x).relu())
+
+    report = explain(Twice(), torch.randn(2, 64), config=GPTQConfig(group_size=32))
+    assert [site.name for site in report.sites] == ["linear"]
+    (graph,) = report.graphs
+    assert [call.weights for call in graph.after if call.quantized] == [("linear",)] * 2
