@@ -1,6 +1,6 @@
 // Runs the CUDA sources of gptq_fx/kernels/marlin on the CPU, in place of ptx.cuh: each thread of a block is a
-// fiber, an instruction of a warp waits for its 32 lanes, __syncthreads for all. Warps run in a random order
-// between two barriers. An asynchronous copy poisons its target when it starts and fills it when it is waited
+// fiber, an instruction of a warp waits for its 32 lanes, __syncthreads for all. The blocks of a cluster run
+// together. Warps run in a random order between two barriers. An asynchronous copy poisons its target when it starts and fills it when it is waited
 // for, so that reading too early and overwriting too early both show.
 #include <setjmp.h>
 #include <ucontext.h>
@@ -37,13 +37,14 @@ struct __align__(16) Float4 { float v[4]; };
 
 namespace host {
 struct Index { u32 x = 0, y = 0, z = 0; };
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, DONE };
 struct Copy { u32 to; const void* from; bool valid; };
 struct Fiber {
     ucontext_t context;  // only to start it: swapcontext asks the kernel for the signal mask each time
     jmp_buf here;
     bool started = false;
     State state = READY;
+    int arrived = 0, waited = 0;  // at barriers of the cluster
     std::vector<char> stack;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
@@ -52,25 +53,36 @@ struct Fiber {
     void* result = nullptr;
 };
 static Index thread, block, grid, dim;
-static u8* shared;
-static std::vector<Fiber> fibers;
+static u8* shared;    // of the block that runs
+static u8* memory;    // of all blocks of its cluster
+static size_t memory_each;
+static u32 in_cluster, first_block;
+static std::vector<Fiber> fibers;  // of all blocks of a cluster
+static u32 current;
+static Fiber& self() { return fibers[current]; }
 static ucontext_t scheduler;
 static jmp_buf scheduler_here;
 static std::function<void()> body;
 
 static __attribute__((noinline)) void leave(State state) {
-    Fiber& f = fibers[thread.x];
+    Fiber& f = self();
     f.state = state;
     if (_setjmp(f.here) == 0) _longjmp(scheduler_here, 1);
 }
 static void enter() {
     body();
-    fibers[thread.x].state = DONE;
+    self().state = DONE;
     _longjmp(scheduler_here, 1);
+}
+static void be(u32 fiber) {
+    current = fiber;
+    thread.x = fiber % dim.x;
+    block.x = first_block + fiber / dim.x;
+    shared = memory + fiber / dim.x * memory_each;
 }
 static void resume(u32 t) {
     Fiber& f = fibers[t];
-    thread.x = t;
+    be(t);
     if (_setjmp(scheduler_here)) return;
     if (f.started) _longjmp(f.here, 1);
     f.started = true;
@@ -78,7 +90,7 @@ static void resume(u32 t) {
 }
 template <class Operation>
 static void with_warp(const void* operand, void* result, Operation operation) {
-    Fiber& f = fibers[thread.x];
+    Fiber& f = self();
     f.operand = operand;
     f.result = result;
     f.whole_warp = operation;
@@ -89,12 +101,12 @@ static void fail(const char* what) {
     std::abort();
 }
 
-static void run_block(u32 threads, u32 seed) {
+static void run_cluster(u32 seed) {
     std::mt19937 random(seed);
+    const u32 threads = dim.x, all = threads * in_cluster, warps = all / 32;
     fibers.clear();
-    fibers.resize(threads);
-    for (u32 t = 0; t < threads; ++t) {
-        Fiber& f = fibers[t];
+    fibers.resize(all);
+    for (Fiber& f : fibers) {
         f.stack.resize(256 * 1024);
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.data();
@@ -102,24 +114,39 @@ static void run_block(u32 threads, u32 seed) {
         f.context.uc_link = &scheduler;
         makecontext(&f.context, enter, 0);
     }
-    const u32 warps = threads / 32;
+    // True where any went on: the threads of a block that are all there, or those that all others let pass.
+    auto open_barriers = [&] {
+        bool opened = false;
+        int fewest = fibers[0].arrived;
+        for (Fiber& f : fibers) fewest = std::min(fewest, f.state == DONE ? fewest : f.arrived);
+        for (u32 b = 0; b < in_cluster; ++b) {
+            u32 there = 0;
+            for (u32 t = 0; t < threads; ++t) there += fibers[b * threads + t].state == AT_BLOCK;
+            for (u32 t = 0; t < threads; ++t) {
+                Fiber& f = fibers[b * threads + t];
+                if ((f.state == AT_BLOCK && there == threads) || (f.state == AT_CLUSTER && fewest >= f.waited)) {
+                    f.state = READY;
+                    opened = true;
+                }
+            }
+        }
+        return opened;
+    };
     for (;;) {
         std::vector<u32> runnable;
-        u32 done = 0, waiting = 0;
+        u32 done = 0;
         for (u32 w = 0; w < warps; ++w) {
             bool ready = false;
             for (u32 l = 0; l < 32; ++l) {
                 const State s = fibers[32 * w + l].state;
                 ready |= s == READY;
                 done += s == DONE;
-                waiting += s == AT_BLOCK;
             }
             if (ready) runnable.push_back(w);
         }
-        if (done == threads) return;
+        if (done == all) return;
         if (runnable.empty()) {
-            if (done + waiting != threads || done) fail("threads wait for each other");
-            for (Fiber& f : fibers) f.state = READY;
+            if (!open_barriers()) fail("threads wait for each other");
             continue;
         }
         const u32 w = runnable[random() % runnable.size()];
@@ -129,28 +156,31 @@ static void run_block(u32 threads, u32 seed) {
         u32 at = 0;
         for (u32 l = 0; l < 32; ++l) at += fibers[32 * w + l].state == AT_WARP;
         if (at == 0) continue;
-        thread.x = 32 * w;
+        be(32 * w);
         if (at != 32) fail("a warp is not whole");
         fibers[32 * w].whole_warp();
         for (u32 l = 0; l < 32; ++l) fibers[32 * w + l].state = READY;
     }
 }
 
-static void launch(std::function<void()> kernel, u32 blocks, u32 rows, u32 threads, u32 shared_bytes, int order) {
+static void launch(std::function<void()> kernel, u32 blocks, u32 rows, u32 threads, u32 shared_bytes, u32 cluster,
+                   int order) {
     body = kernel;
     grid.x = blocks;
     grid.y = rows;
     dim.x = threads;
-    std::vector<u8> memory(shared_bytes + 128);
-    shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
-    std::vector<u32> order_of_blocks(blocks);
-    for (u32 b = 0; b < blocks; ++b) order_of_blocks[b] = order == 0 ? b : blocks - 1 - b;
-    if (order > 1) std::shuffle(order_of_blocks.begin(), order_of_blocks.end(), std::mt19937(order));
-    for (u32 b : order_of_blocks) {
-        block.x = b;
+    in_cluster = cluster;
+    memory_each = (shared_bytes + 1023) / 1024 * 1024;
+    std::vector<u8> room(memory_each * cluster + 1024);
+    memory = room.data() + (1024 - reinterpret_cast<uintptr_t>(room.data()) % 1024) % 1024;
+    std::vector<u32> clusters(blocks / cluster);
+    for (u32 c = 0; c < clusters.size(); ++c) clusters[c] = order == 0 ? c : clusters.size() - 1 - c;
+    if (order > 1) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(order));
+    for (u32 c : clusters) {
+        first_block = c * cluster;
         for (block.y = 0; block.y < rows; ++block.y) {
-            std::memset(shared, 0xff, shared_bytes);  // NaN
-            run_block(threads, b + order);
+            std::memset(memory, 0xff, memory_each * cluster);  // NaN
+            run_cluster(c + order);
         }
     }
 }
@@ -197,16 +227,16 @@ DEVICE u32 shared_address(const void* p) { return static_cast<const u8*>(p) - ho
 DEVICE void copy_async(u32 to, const void* from, bool valid) {
     if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) host::fail("a copy is not aligned");
     std::memset(host::shared + to, 0xff, 16);
-    host::fibers[threadIdx.x].open.push_back({to, from, valid});
+    host::self().open.push_back({to, from, valid});
 }
 DEVICE void copy_commit() {
-    host::Fiber& f = host::fibers[threadIdx.x];
+    host::Fiber& f = host::self();
     f.groups.push_back(f.open);
     f.open.clear();
 }
 template <int PENDING>
 static void copy_wait() {
-    host::Fiber& f = host::fibers[threadIdx.x];
+    host::Fiber& f = host::self();
     while (int(f.groups.size()) > PENDING) {
         for (const host::Copy& c : f.groups.front()) {
             if (c.valid)
@@ -220,7 +250,7 @@ static void copy_wait() {
 
 DEVICE void load_matrices(u32 (&r)[4], u32 address) {
     host::with_warp(&address, r, [] {
-        host::Fiber* warp = &host::fibers[threadIdx.x];
+        host::Fiber* warp = &host::self();
         for (int lane = 0; lane < 32; ++lane)
             for (int m = 0; m < 4; ++m) {
                 const u32 row = *static_cast<const u32*>(warp[8 * m + lane / 4].operand);
@@ -233,7 +263,7 @@ DEVICE void load_matrices(u32 (&r)[4], u32 address) {
 DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     const u32 operand[6] = {a[0], a[1], a[2], a[3], b0, b1};
     host::with_warp(operand, c, [] {
-        host::Fiber* warp = &host::fibers[threadIdx.x];
+        host::Fiber* warp = &host::self();
         float A[16][16], B[16][8];
         for (int lane = 0; lane < 32; ++lane) {
             const u32* r = static_cast<const u32*>(warp[lane].operand);
@@ -274,6 +304,8 @@ static u32 bytes(u32 a) {
     return d;
 }
 DEVICE u16 load_early(const u16* p) { return *p; }
+DEVICE u32 load_early(const u32* p) { return *p; }
+DEVICE Quad load_once(const Quad* p) { return *p; }
 DEVICE Quad load_early(const Quad* p) { return *p; }
 DEVICE Float4 load_shared_between_blocks(const float* p) {
     Float4 f;
@@ -295,7 +327,7 @@ struct Operand { u32 a[4]; u32 b; bool add; };
 DEVICE void wgmma(float (&c)[WGMMA_TOKENS / 2], const u32 (&a)[4], u64 b, bool add) {
     Operand operand = {{a[0], a[1], a[2], a[3]}, u32(b), add};
     host::with_warp(&operand, c, [] {
-        host::Fiber* warp = &host::fibers[threadIdx.x];
+        host::Fiber* warp = &host::self();
         float A[16][16];
         for (int lane = 0; lane < 32; ++lane) {
             const Operand& o = *static_cast<const Operand*>(warp[lane].operand);
@@ -322,12 +354,20 @@ DEVICE void wgmma(float (&c)[WGMMA_TOKENS / 2], const u32 (&a)[4], u64 b, bool a
             }
     });
 }
-DEVICE u32 cluster_size() { return 1; }
-DEVICE u32 cluster_rank() { return 0; }
-DEVICE void cluster_barrier() { __syncthreads(); }
-DEVICE Float4 load_from_cluster(u32 address, u32) {
+#endif
+
+DEVICE u32 cluster_size() { return host::in_cluster; }
+DEVICE u32 cluster_rank() { return blockIdx.x - host::first_block; }
+DEVICE void cluster_arrive() { ++host::self().arrived; }
+DEVICE void cluster_wait() {
+    ++host::self().waited;
+    host::leave(host::AT_CLUSTER);
+}
+DEVICE void store_in_cluster(u32 address, u32 rank, const Float4& f) {
+    std::memcpy(host::memory + rank * host::memory_each + address, &f, 16);
+}
+DEVICE Float4 load_from_cluster(u32 address, u32 rank) {
     Float4 f;
-    std::memcpy(&f, host::shared + address, 16);
+    std::memcpy(&f, host::memory + rank * host::memory_each + address, 16);
     return f;
 }
-#endif

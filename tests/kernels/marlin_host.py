@@ -23,8 +23,8 @@ ENTRY = """
 template <class Args> static void call(void (*kernel)(const Args), const void* a) {{
     kernel(*static_cast<const Args*>(a));
 }}
-extern "C" void run(const void* a, u32 blocks, u32 rows, u32 threads, u32 shared, int order) {{
-    host::launch([=] {{ call({kernel}, a); }}, blocks, rows, threads, shared, order);
+extern "C" void run(const void* a, u32 blocks, u32 rows, u32 threads, u32 shared, u32 cluster, int order) {{
+    host::launch([=] {{ call({kernel}, a); }}, blocks, rows, threads, shared, cluster, order);
 }}
 """
 
@@ -59,14 +59,13 @@ class HostFunction:
         self.resident = 2 * where.multiprocessors
 
     def clusters(self, size):
-        return self.resident * (size == 1)
+        return self.resident // size
 
-    def __call__(self, blocks, rows, *arguments, cluster=1):
-        assert cluster == 1, "blocks run one after the other"
+    def __call__(self, blocks, rows, *arguments, cluster=1, shared=None):
         HostFunction.launches.append(self.name)
         packed = self.pack(*arguments)
         buffer = ctypes.create_string_buffer(packed, len(packed))
-        self.library.run(buffer, blocks, rows, self.threads, self.shared, HostFunction.order)
+        self.library.run(buffer, blocks, rows, self.threads, shared or self.shared, cluster, HostFunction.order)
 
 
 def text(name: str) -> str:

@@ -9,10 +9,16 @@ from tolerances import LINEAR, relative_error
 
 from gptq_fx import QuantizedWeight, Scheme
 from gptq_fx.kernels import LinearSpec, block, marlin
-from gptq_fx.kernels.marlin import gemm, launch, ops, variants
+from gptq_fx.kernels.marlin import decode, gemm, launch, ops, variants
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
-CACHED = (gemm.gemm_function, gemm.wide_function, gemm._dense_functions, gemm._moe_functions)
+CACHED = (
+    gemm.gemm_function,
+    gemm.wide_function,
+    gemm._dense_functions,
+    gemm._moe_functions,
+    decode.decode_function,
+)
 OLDER = replace(A_GPU, arch="sm_80")
 
 
@@ -21,8 +27,9 @@ def host(monkeypatch):
     """The GPU is the host; fresh memory is full of NaN."""
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
     zeros = torch.zeros(launch.COUNTERS, dtype=torch.int32)
-    monkeypatch.setattr(gemm, "Function", HostFunction)
-    monkeypatch.setattr(gemm, "device", lambda index: A_GPU)
+    for module in (gemm, decode):
+        monkeypatch.setattr(module, "Function", HostFunction)
+        monkeypatch.setattr(module, "device", lambda index: A_GPU)
     monkeypatch.setattr(gemm, "counters", lambda index: zeros.data_ptr())
     monkeypatch.setattr(variants, "text", text)
     monkeypatch.setattr(HostFunction, "order", 0)

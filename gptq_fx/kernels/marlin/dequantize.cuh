@@ -69,3 +69,44 @@ DEVICE void dequantize(u32 (&a)[4], const u32* word, const Zero& z) {
     a[3] = from_bytes(word[1] >> 8, z.high);
 }
 #endif
+
+// The same registers in fewer instructions: numbers `raw` of which q = raw * RAW_UNIT - RAW_OFFSET.
+//   bf16: 128 + q, and for 8 bits q - 128.   fp16: q * 2^-24, which is the code itself read as a float.
+constexpr float RAW_UNIT = BF16 ? 1.0f : 16777216.0f;
+constexpr float RAW_OFFSET = !BF16 ? 0 : BITS == 4 ? 128 : -128;
+constexpr u32 RAW_MAGIC = BF16 ? MAGIC : 0;
+
+#if BITS == 4
+DEVICE void raw(u32 (&a)[4], const u32* word) {
+    const u32 q = word[0];
+    a[0] = (q & 0x000f000fu) | RAW_MAGIC;
+    a[2] = ((q >> 4) & 0x000f000fu) | RAW_MAGIC;
+    a[1] = ((q >> 8) & 0x000f000fu) | RAW_MAGIC;
+    a[3] = ((q >> 12) & 0x000f000fu) | RAW_MAGIC;
+}
+#else
+DEVICE u32 raw_of_bytes(u32 q) {
+#if BF16
+    return subtract2((q & 0x007f007fu) | MAGIC, (~q & 0x00800080u) | MAGIC);
+#else
+    return q & 0x00ff00ffu;
+#endif
+}
+DEVICE void raw(u32 (&a)[4], const u32* word) {
+    a[0] = raw_of_bytes(word[0]);
+    a[1] = raw_of_bytes(word[1]);
+    a[2] = raw_of_bytes(word[0] >> 8);
+    a[3] = raw_of_bytes(word[1] >> 8);
+}
+#endif
+
+// What the sum of raw * x is less than that of (q - zero) * x, for each x, in units of RAW_UNIT: of block w,
+// and its outputs g (r = 0) or g + 8. packed: as for zero_of.
+DEVICE float raw_zero(const u32 (&packed)[BITS / 4], int w, int r) {
+#if !ASYM
+    return (RAW_OFFSET + (1 << (BITS - 1))) / RAW_UNIT;
+#else
+    const u32 zero = (BITS == 4 ? packed[0] >> (4 * w) : packed[w / 2 % (BITS / 4)] >> (8 * (w % 2))) >> (16 * r);
+    return (RAW_OFFSET + float(zero & ((1 << BITS) - 1))) / RAW_UNIT;
+#endif
+}

@@ -140,6 +140,10 @@ def has_wgmma(x: Tensor) -> bool:
     return device(x.get_device()).has_wgmma
 
 
+def has_clusters(x: Tensor) -> bool:
+    return device(x.get_device()).has_clusters
+
+
 @functools.cache
 def wide_function(
     bits: int, bf16: bool, asym: bool, group_tiles: int, moe: bool, tile: WideTile, index: int

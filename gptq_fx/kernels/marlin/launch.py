@@ -81,6 +81,10 @@ class Device:
     def has_wgmma(self) -> bool:
         return self.arch == "sm_90a"
 
+    @property
+    def has_clusters(self) -> bool:
+        return int(self.arch[3:].rstrip("a")) >= 90
+
     index: int
     arch: str
     multiprocessors: int
@@ -121,7 +125,7 @@ class Function:
         self._library = library
         self._pack = struct.Struct(arguments).pack
         self.threads, self.shared, self.index = threads, shared, where.index
-        self._overlaps = int(where.arch[3:].rstrip("a")) >= 90
+        self._overlaps = where.has_clusters  # the same architectures have both
         with torch.cuda.device(where.index):
             self._code, module, self._handle = code, ctypes.c_void_p(), ctypes.c_void_p()
             _check(library.cuModuleLoadData(ctypes.byref(module), code), f"loading {name}")
@@ -153,16 +157,20 @@ class Function:
         _check(code, "counting clusters")
         return count.value
 
-    def __call__(self, blocks: int, rows: int, *arguments: int, cluster: int = 1) -> None:
+    def __call__(
+        self, blocks: int, rows: int, *arguments: int, cluster: int = 1, shared: int | None = None
+    ) -> None:
         """Launch `blocks` x `rows` blocks on PyTorch's current stream of the device.
 
-        cluster: how many successive blocks share their memory; `blocks` is a multiple of it.
+        cluster: how many successive blocks share their memory; `blocks` is a multiple of it. shared: bytes of
+        shared memory, where fewer than the kernel's most.
         """
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
-                return self(blocks, rows, *arguments, cluster=cluster)
+                return self(blocks, rows, *arguments, cluster=cluster, shared=shared)
         parameters = _PARAMETERS(self._pack(*arguments))
-        config = _Config((blocks, rows, 1), (self.threads, 1, 1), self.shared, stream(self.index))
+        shared = self.shared if shared is None else shared
+        config = _Config((blocks, rows, 1), (self.threads, 1, 1), shared, stream(self.index))
         attributes = _attributes(OVERLAP and self._overlaps, cluster)
         config.attributes = ctypes.cast(attributes, ctypes.POINTER(_Attribute))
         config.count = len(attributes)

@@ -93,22 +93,6 @@ struct ActivateArgs {
     int rows, I, kind;
 };
 
-constexpr int SILU = 0, GELU_TANH = 1, GPT_OSS = 2;
-
-DEVICE float activate(float gate, float up, int kind) {
-    if (kind == GELU_TANH) {
-        const float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
-        return 0.5f * gate * (1 + tanhf(inner)) * up;
-    }
-    float rate = 1;
-    if (kind == GPT_OSS) {
-        gate = fminf(gate, 7.0f);
-        up = fminf(fmaxf(up, -7.0f), 7.0f) + 1;
-        rate = 1.702f;
-    }
-    return gate / (1 + expf(-rate * gate)) * up;
-}
-
 // Two outputs a thread.
 KERNEL(256, 1) marlin_activate(const ActivateArgs a) {
     let_next_kernel_start();

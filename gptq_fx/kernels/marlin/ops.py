@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_fx.kernels.block import BLOCK_ARGUMENTS, block_fake
-from gptq_fx.kernels.marlin import gemm
+from gptq_fx.kernels.marlin import decode, gemm
 from gptq_fx.kernels.marlin.gemm import Weight
 from gptq_fx.kernels.marlin.variants import ORDERED_TOKENS, Tile, WideTile, tile_for, wide_tile_for
 from gptq_fx.ops import define_opaque
@@ -66,7 +66,8 @@ def linear(
         else:
             if perm is not None and M > PERMUTED_ROWS:
                 rows, w = gemm.permuted(rows, w)
-            _gemm(rows, w, bias, _tile(M, w, x), out, None)
+            if not (gemm.has_clusters(x) and decode.linear(rows, w, bias, out)):
+                _gemm(rows, w, bias, _tile(M, w, x), out, None)
     return out.reshape(*x.shape[:-1], out_features)
 
 
@@ -217,8 +218,12 @@ def marlin_experts(
     if T == 0:
         return torch.empty_like(x)
     E = first.packed.shape[0]
-    ids = _integers(ids)
+    ids, weights = _integers(ids), _routed(weights, x.dtype)
     rows = T * k
+    if _few_routes(x, ids, first, second, gate_up_bias, down_bias, activation):
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if decode.experts(gemm.usable(x, first.in_features), ids, weights, first, second, activation, out):
+            return out
     biases = [None if b is None else b.to(x.dtype).contiguous() for b in (gate_up_bias, down_bias)]
     tiles = [_stack_tile(rows, E, w, x) for w in (first, second)]
     if tiles[0].tokens != tiles[1].tokens:  # both take the same blocks of rows
@@ -229,7 +234,27 @@ def marlin_experts(
     active = gemm.usable(gemm.activate(hidden, activation), second.in_features)
     out = _empty(x, rows, second)
     _gemm(active, second, biases[1], tiles[1], out, blocks.each_row())
-    return gemm.combine(out, ids, _routed(weights, x.dtype), E)
+    return gemm.combine(out, ids, weights, E)
+
+
+def _few_routes(
+    x: Tensor,
+    ids: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+) -> bool:
+    """Whether decode.cu has a form for the block, and routes hardly share an expert."""
+    T, E = x.shape[0], gate_up.packed.shape[0]
+    return (
+        gemm.has_clusters(x)
+        and (T == 1 or ids.numel() * 2 <= E)
+        and activation in ("silu", "gelu_tanh")
+        and gate_up.out_features % 128 == 0
+        and all(each is None for each in (gate_up.perm, down.perm, gate_up_bias, down_bias))
+    )
 
 
 def _weight(tensors: Sequence[Tensor | None], args: Sequence[int]) -> Weight:

@@ -100,6 +100,20 @@ DEVICE Quad load_early(const Quad* p) {
     return q;
 }
 
+DEVICE u32 load_early(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+// What is read once in a launch, and never written.
+DEVICE Quad load_once(const Quad* p) {
+    Quad q;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3])
+                 : "l"(p));
+    return q;
+}
+
 // What another block wrote: past L1.
 DEVICE Float4 load_shared_between_blocks(const float* p) {
     Float4 f;
@@ -150,6 +164,9 @@ DEVICE void wgmma(float (&c)[WGMMA_TOKENS / 2], const u32 (&a)[4], u64 b, bool a
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
 }
 
+#endif
+
+#if __CUDA_ARCH__ >= 900
 DEVICE u32 cluster_size() {
     u32 n;
     asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(n));
@@ -160,8 +177,15 @@ DEVICE u32 cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(n));
     return n;
 }
-DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+// All threads of the cluster have come to `arrive`, and what they stored before it is there, behind `wait`.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// Into the shared memory of a block of the cluster, where that of this block has `address`.
+DEVICE void store_in_cluster(u32 address, u32 rank, const Float4& f) {
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+                 "st.shared::cluster.v4.f32 [there], {%2,%3,%4,%5}; }" ::"r"(address),
+                 "r"(rank), "f"(f.v[0]), "f"(f.v[1]), "f"(f.v[2]), "f"(f.v[3])
+                 : "memory");
 }
 // From the shared memory of a block of the cluster, where that of this block has `address`.
 DEVICE Float4 load_from_cluster(u32 address, u32 rank) {

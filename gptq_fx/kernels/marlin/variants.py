@@ -198,6 +198,66 @@ def wgmma_operands(tokens: int) -> dict[str, int | str]:
     }
 
 
+PLAIN, GATED, SUMMED = range(3)  # forms of decode.cu
+BATCH = 128  # features that a warp of decode.cu has in its registers
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16. blocks: as in Tile."""
+
+    tokens: int
+    warps: int
+    blocks: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+
+# By tokens.
+DECODE_TILES = {8: DecodeTile(8, 16, 1), 16: DecodeTile(16, 12, 1)}
+
+
+@dataclass(frozen=True)
+class DecodeVariant:
+    """One compilation of decode.cu; fields as in Variant. whole: K is a multiple of BATCH."""
+
+    bits: int
+    bf16: bool
+    asym: bool
+    group_tiles: int
+    perm: bool
+    whole: bool
+    form: int
+    tile: DecodeTile
+
+    def source(self) -> str:
+        """The whole text for the compiler."""
+        constants = {
+            "PERM": int(self.perm),
+            "WHOLE": int(self.whole),
+            "FORM": self.form,
+            "TOKENS": self.tile.tokens,
+            "WARPS": self.tile.warps,
+            "BLOCKS": self.tile.blocks,
+        }
+        head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
+        parts = ("ptx.cuh", "dequantize.cuh", "activation.cuh", "decode.cu")
+        return _join(head | constants, *map(text, parts))
+
+
+def every_decode() -> Iterator[DecodeVariant]:
+    """All variants of decode.cu that can be asked for."""
+    flags = (False, True)
+    grids = itertools.product(TILES, flags, flags, (0, 2, 4, 8), flags)
+    for bits, bf16, asym, group_tiles, whole in grids:
+        for tokens, perm, form in ((8, False, PLAIN), (8, True, PLAIN), (16, False, PLAIN)):
+            yield DecodeVariant(bits, bf16, asym, group_tiles, perm, whole, form, DECODE_TILES[tokens])
+        for form in (GATED, SUMMED):
+            yield DecodeVariant(bits, bf16, asym, group_tiles, False, whole, form, DECODE_TILES[8])
+
+
 # Rows of the largest tile that reads x in the order of act-order; one of a stack has no other way.
 ORDERED_TOKENS = 16
 
@@ -233,4 +293,4 @@ def dense_source(bits: int, bf16: bool, asym: bool, group_tiles: int) -> str:
 
 def moe_source(bf16: bool) -> str:
     """moe.cu for one dtype."""
-    return _join({"BF16": int(bf16)}, text("ptx.cuh"), text("moe.cu"))
+    return _join({"BF16": int(bf16)}, text("ptx.cuh"), text("activation.cuh"), text("moe.cu"))

@@ -210,7 +210,8 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS 
             to[(i / 4 * 8 + i % 2) * SUM_STRIDE + j * 16 + i % 4 / 2 * 8] = sums[j][i];
     __syncthreads();
     const u32 parts = cluster_size(), rank = cluster_rank();
-    cluster_barrier();
+    cluster_arrive();
+    cluster_wait();
     const int first = TOKENS * rank / parts, last = TOKENS * (rank + 1) / parts;
     for (int i = threadIdx.x; i < (last - first) * (N_TILE / 4); i += THREADS) {
         const int token = first + i / (N_TILE / 4), n = i % (N_TILE / 4) * 4;
@@ -225,7 +226,8 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS 
         }
         store(a, p, row, p.n_tile * N_TILE + n, f);
     }
-    cluster_barrier();  // what others read stays
+    cluster_arrive();
+    cluster_wait();  // what others read stays
 }
 
 KERNEL(THREADS, 1) marlin_wide(const Args a) {

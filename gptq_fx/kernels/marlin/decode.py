@@ -1,0 +1,177 @@
+"""Calls of decode.cu: a few rows of x, and blocks of experts with few routes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_fx.kernels.marlin.gemm import ACTIVATIONS, MOST_CLUSTER, Weight
+from gptq_fx.kernels.marlin.launch import Function, device, pointer
+from gptq_fx.kernels.marlin.variants import BATCH, DECODE_TILES, GATED, PLAIN, SUMMED, DecodeVariant
+
+ARGUMENTS = "9Q17i4x"
+MOST_ROWS = max(DECODE_TILES)
+ZEROS, SUM_STRIDE = 2 * BATCH, 68  # bytes, floats: of the shared memory of decode.cu
+CLUSTER_OVERHEAD = 4  # of a cluster of several blocks, in the time that a block takes for a batch of a warp
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a launch cuts the work.
+
+    cluster: blocks that share units. clusters: how many. together: units that a cluster has at a time.
+    warps_k: warps of a block that share a unit. sums_at, received_at, shared: bytes in shared memory.
+    capacity: of four sums, that a block receives from another. time: of the busiest block, in batches.
+    """
+
+    cluster: int
+    clusters: int
+    together: int
+    warps_k: int
+    sums_at: int
+    received_at: int
+    shared: int
+    capacity: int
+    time: int
+
+
+def _plan(
+    function: Function, cluster: int, units: int, halves: int, batches: int, rows: int, each: int
+) -> Plan | None:
+    """With clusters of so many blocks; None where they do not fit."""
+    clusters = min(units, function.clusters(cluster))
+    if not clusters:
+        return None
+    warps, part, most = function.threads // 32, -(-batches // cluster), -(-units // clusters)
+    together = min(most, warps // halves)
+    slots = together * halves
+    warps_k = min(range(1, warps // slots + 1), key=lambda n: (-(-part // n) * n, -n))
+    sums_at = ZEROS + rows * (2 * BATCH * part + 16)
+    received_at = sums_at + 4 * SUM_STRIDE * each * slots * warps_k
+    capacity = -(-16 * each * together // cluster)
+    shared = received_at + 16 * capacity * halves * cluster * (cluster > 1)
+    time = -(-most // together) * slots * warps_k * -(-part // warps_k) + CLUSTER_OVERHEAD * (cluster > 1)
+    if shared > function.shared:
+        return None
+    return Plan(cluster, clusters, together, warps_k, sums_at, received_at, shared, capacity, time)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(function: Function, units: int, halves: int, batches: int, rows: int, each: int) -> Plan | None:
+    """The fastest, as far as that can be told; None where x does not fit shared memory.
+
+    units of 64 outputs, halves times; batches of k; rows of x in shared memory; each: rows of a unit.
+    """
+    sizes = range(1, min(MOST_CLUSTER, batches) + 1)
+    plans = (_plan(function, size, units, halves, batches, rows, each) for size in sizes)
+    return min((p for p in plans if p is not None), key=lambda p: p.time, default=None)
+
+
+@functools.cache
+def decode_function(
+    bits: int, bf16: bool, asym: bool, group_tiles: int, perm: bool, whole: bool, form: int, tokens: int, index: int
+) -> Function:
+    where, tile = device(index), DECODE_TILES[tokens]
+    variant = DecodeVariant(bits, bf16, asym, group_tiles, perm, whole, form, tile)
+    shared = min(where.shared_per_multiprocessor // tile.blocks - 1024, where.shared_per_block)
+    return Function(variant.source(), "marlin_decode", where, tile.threads, shared, ARGUMENTS)
+
+
+def _function(x: Tensor, w: Weight, form: int, tokens: int) -> Function:
+    return decode_function(
+        w.bits,
+        x.dtype == torch.bfloat16,
+        w.zeros is not None,
+        w.group_tiles,
+        w.perm is not None,
+        w.in_features % BATCH == 0,
+        form,
+        tokens,
+        x.get_device(),
+    )
+
+
+def _launch(
+    function: Function,
+    p: Plan,
+    x: Tensor,
+    w: Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: int,
+    units: int,
+    ids: Tensor | None = None,
+    routed: Tensor | None = None,
+    activation: int = 0,
+) -> None:
+    function(
+        p.cluster * p.clusters,
+        1,
+        x.data_ptr(),
+        w.packed.data_ptr(),
+        w.scales.data_ptr(),
+        pointer(w.zeros),
+        pointer(w.perm),
+        pointer(bias),
+        out.data_ptr(),
+        pointer(ids),
+        pointer(routed),
+        rows,
+        w.out_features,
+        w.in_features,
+        w.scales.shape[-1] // 64,
+        x.stride(0),
+        w.scales.shape[-2],
+        units,
+        p.together,
+        p.warps_k,
+        p.sums_at,
+        p.received_at,
+        p.capacity,
+        *((1, 1, 0) if ids is None else (w.packed.shape[0], ids.shape[1], int(ids.dtype == torch.int64))),
+        int(routed is not None and routed.dtype == torch.float32),
+        activation,
+        cluster=p.cluster,
+        shared=p.shared,
+    )
+
+
+def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
+    """out [M, N] = x W^T + bias of the rows of x [M, K] (see `gemm.usable`); False where they do not fit."""
+    M = x.shape[0]
+    if M > MOST_ROWS:
+        return False
+    function = _function(x, w, PLAIN, next(tokens for tokens in DECODE_TILES if M <= tokens))
+    units = w.scales.shape[-1] // 64
+    p = plan(function, units, 1, -(-w.in_features // BATCH), M, M)
+    if p is None:
+        return False
+    _launch(function, p, x, w, bias, out, M, units)
+    return True
+
+
+def experts(
+    x: Tensor, ids: Tensor, routed: Tensor, gate_up: Weight, down: Weight, activation: str, out: Tensor
+) -> bool:
+    """out [T, H] = the sum over k of routed * down(activation(gate_up(x))); False where that does not fit.
+
+    x [T, H], ids [T, k] int32 or int64, routed [T, k] fp32 or of x's dtype. activation: with gate and up in
+    halves.
+    """
+    T, k = ids.shape
+    inner = gate_up.out_features // 2
+    tiles = gate_up.scales.shape[-1] // 128, down.scales.shape[-1] // 64
+    batches = -(-gate_up.in_features // BATCH), -(-down.in_features // BATCH)
+    functions = _function(x, gate_up, GATED, 8), _function(x, down, SUMMED, 8)
+    first = plan(functions[0], T * k * tiles[0], 2, batches[0], T, 1)
+    second = plan(functions[1], T * tiles[1], 1, batches[1] * k, T, 1)
+    if first is None or second is None:
+        return False
+    hidden = torch.empty(T * k, inner, dtype=x.dtype, device=x.device)
+    kind = ACTIVATIONS.index(activation)
+    _launch(functions[0], first, x, gate_up, None, hidden, T, T * k * tiles[0], ids, None, kind)
+    _launch(functions[1], second, hidden, down, None, out, T, T * tiles[1], ids, routed)
+    return True
