@@ -153,9 +153,12 @@ static void run_cluster(u32 seed) {
         for (u32 l = 0; l < 32; ++l) {
             if (fibers[32 * w + l].state == READY) resume(32 * w + l);
         }
-        u32 at = 0;
-        for (u32 l = 0; l < 32; ++l) at += fibers[32 * w + l].state == AT_WARP;
-        if (at == 0) continue;
+        u32 at = 0, goes_on = 0;
+        for (u32 l = 0; l < 32; ++l) {
+            at += fibers[32 * w + l].state == AT_WARP;
+            goes_on += fibers[32 * w + l].state == READY;
+        }
+        if (at == 0 || goes_on) continue;
         be(32 * w);
         if (at != 32) fail("a warp is not whole");
         fibers[32 * w].whole_warp();
@@ -285,6 +288,11 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     });
 }
 
+DEVICE void mma_first(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    c[0] = c[1] = c[2] = c[3] = 0;
+    mma(c, a, b0, b1);
+}
+
 DEVICE u32 fma2(u32 a, u32 b, u32 c) {
     u32 d = 0;
     for (int i = 0; i < 32; i += 16)
@@ -304,8 +312,6 @@ static u32 bytes(u32 a) {
     return d;
 }
 DEVICE u16 load_early(const u16* p) { return *p; }
-DEVICE u32 load_early(const u32* p) { return *p; }
-DEVICE Quad load_once(const Quad* p) { return *p; }
 DEVICE Quad load_early(const Quad* p) { return *p; }
 DEVICE Float4 load_shared_between_blocks(const float* p) {
     Float4 f;

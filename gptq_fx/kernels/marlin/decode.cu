@@ -1,7 +1,7 @@
 // y[M, N] = x[M, K] W[N, K]^T for a few rows of x, on GPUs with clusters. As W x^T: a tile of weights (16 k x 64
-// outputs) holds the registers of operand a of mma, lane by lane, so that a warp loads them from global memory
-// straight into registers, a batch of 128 k before they are multiplied. Nothing waits for another warp until
-// the end.
+// outputs) holds the registers of operand a of mma, lane by lane. Each warp has a ring of its own in shared
+// memory, of batches of 128 k, which it fills before the kernels before have ended: nothing waits for another
+// warp but for x, at the begin, and for the sum, at the end.
 //
 // One unit of work is 64 outputs (GATED: 64 of gate and the 64 of up). The blocks of a cluster share its
 // units, each with its batches of k; in a block, each unit has warps_k warps, each with its part of those.
@@ -12,7 +12,7 @@
 // times the sum of x over it, which is a product with ones.
 //
 // Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), PERM, TOKENS, WARPS,
-// BLOCKS (per multiprocessor, at least), WHOLE (K is a multiple of 128), and FORM:
+// RING (batches), and FORM:
 //   PLAIN   rows of x [M, K] and one weight.
 //   GATED   unit (r, n): row r of the routes, ids[r] its expert, x[r / top_k]; out = activation(gate) * up.
 //   SUMMED  unit (t, n): the sum over the routes r of token t of routed[r] * (x[r] W[ids[r]]^T), as one product
@@ -32,7 +32,7 @@ struct Args {
     u16* out;            // [*, N], GATED: [*, N / 2]
     const void* ids;     // [*, top_k] experts; none where not in [0, num_experts)
     const void* routed;  // SUMMED: [*, top_k] weights
-    int M, N, K, N64, x_stride, groups, units, together, warps_k, sums_at, received_at, capacity;
+    int M, N, K, N64, x_stride, groups, units, together, warps_k, rings_at, received_at, capacity;
     int num_experts, top_k, wide_ids, wide_routed, activation;
 };
 
@@ -47,7 +47,14 @@ constexpr bool GROUPED = GROUP_TILES > 0;
 constexpr int RUN = GROUPED && GROUP_TILES < BATCH_TILES ? GROUP_TILES : BATCH_TILES;  // under one scale
 constexpr int RUNS = BATCH_TILES / RUN;
 constexpr int SUM_STRIDE = 64 + 4;
-constexpr int ZEROS = 2 * BATCH;  // bytes at the begin of shared memory, for rows of x that are not there
+constexpr int X_AT = 2 * BATCH;  // in shared memory; the bytes before are 0, for rows of x that are not there
+
+// A batch in a ring: weights, scales, zero points. In the place of a ring come the sums of its warp.
+constexpr int SCALES_AT = BATCH_TILES * TILE_BYTES;
+constexpr int ZEROS_AT = SCALES_AT + RUNS * 128;
+constexpr int ZERO_BYTES = ASYM ? 8 * BITS : 0;  // of a run
+constexpr int BATCH_BYTES = ZEROS_AT + RUNS * ZERO_BYTES;
+static_assert(RING * BATCH_BYTES == RING_BYTES, "the caller counts otherwise");
 static_assert(FORM == PLAIN || TOKENS == 8, "a unit of experts has one row of x");
 
 DEVICE int expert_of(const Args& a, int route) {
@@ -58,83 +65,100 @@ DEVICE int expert_of(const Args& a, int route) {
 
 // What a warp works on: 64 outputs, and its batches of k.
 struct Share {
-    int unit, tile, row, expert, begin, end;  // row: of x in shared memory. GATED: expert of the unit
-};
-
-// A batch: where its weights are.
-struct Source {
-    const u8 *weights, *scales, *zeros;
-    int tiles;     // of k that there are
-    int groups;    // from the first one on
-    float factor;  // SUMMED: of the route
-    bool counts;
+    int tile, row, expert, begin, end;  // row: of x in shared memory. GATED: expert of the unit
 };
 
 DEVICE int batches_of(const Args& a) { return (a.K + BATCH - 1) / BATCH; }  // of one expert
 
-DEVICE Source source_of(const Args& a, const Share& s, int batch) {
-    Source from;
-    int expert = s.expert;
-    from.factor = 1;
-    from.counts = true;
-    if (FORM == SUMMED) {
-        const int route = s.row * a.top_k + batch / batches_of(a);
-        batch %= batches_of(a);
-        expert = expert_of(a, route);
-        from.counts = expert >= 0;
-        if (expert < 0) expert = 0;
-        from.factor = a.wide_routed ? static_cast<const float*>(a.routed)[route]
-                                    : to_float(static_cast<const u16*>(a.routed)[route]);
-    }
-    const int lane = threadIdx.x % 32, k_tiles = a.K / 16, first = batch * BATCH_TILES;
-    const int group = GROUPED ? first / (GROUPED ? GROUP_TILES : 1) : 0;
-    from.tiles = k_tiles - first;
-    from.groups = a.groups - group;
-    const u64 stack = FORM == PLAIN ? 0 : expert;
-    from.weights = a.weights + ((stack * k_tiles + first) * a.N64 + s.tile) * TILE_BYTES + lane * 16 * WORDS;
-    const u64 row = (stack * a.groups + group) * a.N64 + s.tile;
-    from.scales = a.scales + row * 128;
-    from.zeros = a.zeros + row * (8 * BITS) + lane / 4 * BITS;
-    return from;
+// SUMMED: the route that a batch belongs to.
+DEVICE int route_of(const Args& a, const Share& s, int batch) { return s.row * a.top_k + batch / batches_of(a); }
+
+// SUMMED: what the sum over a batch is multiplied with.
+DEVICE float factor_of(const Args& a, int route) {
+    return a.wide_routed ? static_cast<const float*>(a.routed)[route]
+                         : to_float(static_cast<const u16*>(a.routed)[route]);
 }
 
-DEVICE void load_tile(const Args& a, const Source& from, int kt, Quad (&q)[WORDS]) {
-    const int tile = WHOLE || kt < from.tiles ? kt : from.tiles - 1;  // x is 0 where there is none
-    const u8* p = from.weights + u64(tile) * a.N64 * TILE_BYTES;
+DEVICE void load_batch(const Args& a, const Share& s, int batch, u32 to) {
+    int expert = s.expert;
+    if (FORM == SUMMED) {
+        expert = expert_of(a, route_of(a, s, batch));
+        batch %= batches_of(a);
+    }
+    const bool here = FORM == PLAIN || expert >= 0;
+    const u64 stack = FORM == PLAIN || expert < 0 ? 0 : expert;
+    const int lane = threadIdx.x % 32, k_tiles = a.K / 16, first = batch * BATCH_TILES;
+    const u8* from = a.weights + ((stack * k_tiles + first) * a.N64 + s.tile) * TILE_BYTES + lane * 16;
 #pragma unroll
-    for (int h = 0; h < WORDS; ++h) q[h] = load_once(reinterpret_cast<const Quad*>(p + 16 * h));
+    for (int kt = 0; kt < BATCH_TILES; ++kt) {
+        const bool valid = here && first + kt < k_tiles;
+#pragma unroll
+        for (int h = 0; h < WORDS; ++h)
+            copy_async(to + kt * TILE_BYTES + h * 512 + lane * 16, valid ? from + h * 512 : a.weights, valid);
+        from += u64(a.N64) * TILE_BYTES;
+    }
+    if (lane < 8 * RUNS) {
+        const int run = lane / 8, group = GROUPED ? first / (GROUPED ? GROUP_TILES : 1) + run : 0;
+        const bool valid = here && group < a.groups;
+        const u8* p = a.scales + ((stack * a.groups + group) * a.N64 + s.tile) * 128 + lane % 8 * 16;
+        copy_async(to + SCALES_AT + lane * 16, valid ? p : a.scales, valid);
+    }
+    constexpr int PIECES = ASYM ? ZERO_BYTES / 16 : 1;
+    if (ASYM && lane >= 16 && lane - 16 < PIECES * RUNS) {
+        const int run = (lane - 16) / PIECES, group = GROUPED ? first / (GROUPED ? GROUP_TILES : 1) + run : 0;
+        const bool valid = here && group < a.groups;
+        const u8* p = a.zeros + ((stack * a.groups + group) * a.N64 + s.tile) * (8 * BITS) + (lane - 16) % PIECES * 16;
+        copy_async(to + ZEROS_AT + (lane - 16) * 16, valid ? p : a.zeros, valid);
+    }
 }
 
 // Scales and zero points of a run, of the outputs of this lane: (g, g + 8) x 4.
 struct Grid { Quad scales; u32 zeros[BITS / 4]; };
 
-DEVICE void load_grid(const Args& a, const Source& from, int run, Grid& grid) {
+DEVICE void read_grid(const u8* batch, int run, Grid& grid) {
     const int g = threadIdx.x % 32 / 4;
-    const int last = from.groups - 1, group = WHOLE || run < last ? run : last;
+    const u8* scales = batch + SCALES_AT + run * 128;
     if (GROUPED) {
-        grid.scales = load_early(reinterpret_cast<const Quad*>(from.scales + u64(group) * a.N64 * 128 + g * 16));
+        grid.scales = *reinterpret_cast<const Quad*>(scales + g * 16);
     } else {
-        const u16* p = reinterpret_cast<const u16*>(from.scales);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            const u16* pair = p + w / 2 * 32 + g / 2 * 8 + w % 2 * 4 + g % 2;
-            grid.scales.v[w] = load_early(pair) | u32(load_early(pair + 2)) << 16;
+            const u16* pair = reinterpret_cast<const u16*>(scales) + w / 2 * 32 + g / 2 * 8 + w % 2 * 4 + g % 2;
+            grid.scales.v[w] = pair[0] | u32(pair[2]) << 16;
         }
     }
-    if (ASYM) {
-        const u32* p = reinterpret_cast<const u32*>(from.zeros + u64(GROUPED ? group : 0) * a.N64 * 8 * BITS);
 #pragma unroll
-        for (int i = 0; i < BITS / 4; ++i) grid.zeros[i] = load_early(p + i);
-    }
+    for (int i = 0; i < BITS / 4; ++i)
+        grid.zeros[i] = !ASYM ? 0
+                              : *reinterpret_cast<const u32*>(batch + ZEROS_AT + run * ZERO_BYTES + g * BITS + 4 * i);
 }
 
-// Multiply what is loaded; where MORE, load `next` into the same registers meanwhile.
-template <bool MORE>
-DEVICE void multiply(const Args& a, Quad (&q)[BATCH_TILES][WORDS], Grid (&grids)[RUNS], const Source& now,
-                     const Source& next, u32 x, float (&sums)[4][NT][4]) {
+DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], bool first) {
+    if (first)
+        mma_first(c, a, b[0], b[1]);
+    else
+        mma(c, a, b[0], b[1]);
+}
+
+// Numbers that stay in registers: of threadIdx.z the compiler does not know that it is 0.
+struct Constants { u32 nibbles, ones[4]; };
+
+DEVICE Constants constants() {
+    Constants c;
+    c.nibbles = 0x000f000fu + threadIdx.z;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c.ones[i] = ONE + (threadIdx.z << i);
+    return c;
+}
+
+// factor: of the route; 0 where it counts nothing, whatever x is.
+DEVICE void multiply(const Constants& constants, const u8* batch, u32 x, float factor, float (&sums)[4][NT][4]) {
+    const u8* weights = batch + threadIdx.x % 32 * 16 * WORDS;
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
-        float part[4][NT][4] = {}, ones[NT][4] = {};
+        Grid grid;
+        read_grid(batch, run, grid);
+        float part[4][NT][4], ones[NT][4];
         u32 pair[4];
 #pragma unroll
         for (int j = 0; j < RUN; ++j) {
@@ -148,30 +172,27 @@ DEVICE void multiply(const Args& a, Quad (&q)[BATCH_TILES][WORDS], Grid (&grids)
 #pragma unroll
                 for (int t = 0; t < NT; ++t) b[t][0] = pair[2 * t], b[t][1] = pair[2 * t + 1];
             }
-            const u32 one[4] = {ONE, ONE, ONE, ONE};
+            Quad q[WORDS];
 #pragma unroll
-            for (int t = 0; t < NT; ++t) mma(ones[t], one, b[t][0], b[t][1]);
-            u32 words[4 * WORDS];
+            for (int h = 0; h < WORDS; ++h)
+                q[h] = *reinterpret_cast<const Quad*>(weights + kt * TILE_BYTES + 16 * h);
 #pragma unroll
-            for (int i = 0; i < 4 * WORDS; ++i) words[i] = q[kt][i / 4].v[i % 4];
-            if (MORE) load_tile(a, next, kt, q[kt]);
+            for (int t = 0; t < NT; ++t) multiply_add(ones[t], constants.ones, b[t], j == 0);
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
                 u32 registers[4];
-                raw(registers, words + w * WORDS);
+                raw(registers, &q[w * WORDS / 4].v[w * WORDS % 4], constants.nibbles);
 #pragma unroll
-                for (int t = 0; t < NT; ++t) mma(part[w][t], registers, b[t][0], b[t][1]);
+                for (int t = 0; t < NT; ++t) multiply_add(part[w][t], registers, b[t], j == 0);
             }
         }
-        const Grid grid = grids[run];
-        if (MORE) load_grid(a, next, run, grids[run]);
-        if (FORM == SUMMED && !now.counts) continue;
+        if (FORM == SUMMED && factor == 0) continue;
 #pragma unroll
         for (int w = 0; w < 4; ++w)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 float scale = to_float(u16(grid.scales.v[w] >> (16 * r))) * RAW_UNIT;
-                if (FORM == SUMMED) scale *= now.factor;
+                if (FORM == SUMMED) scale *= factor;
                 const float zero = raw_zero(grid.zeros, w, r);
 #pragma unroll
                 for (int t = 0; t < NT; ++t)
@@ -182,33 +203,35 @@ DEVICE void multiply(const Args& a, Quad (&q)[BATCH_TILES][WORDS], Grid (&grids)
     }
 }
 
+// The batches [begin, end) of this block are in parts, one for each of warps_k warps.
+DEVICE int part_begin(const Args& a, int begin, int end, int part) {
+    return begin + (end - begin) * part / a.warps_k;
+}
+
 // The part of each row of x that this block multiplies: batches [begin, end).
 DEVICE void load_x(const Args& a, int begin, int end, u8* shared) {
     const int pieces = (end - begin) * (BATCH / 8), stride = pieces * 16 + 16;
-    for (int i = threadIdx.x; i < ZEROS / 4; i += THREADS) reinterpret_cast<u32*>(shared)[i] = 0;
+#pragma unroll 4
     for (int i = threadIdx.x; i < a.M * pieces; i += THREADS) {
         const int row = i / pieces, piece = i % pieces;
-        int k = begin * BATCH + piece * 8, from = row;
+        int batch = begin + piece / (BATCH / 8), from = row;
         if (FORM == SUMMED) {
-            from = row * a.top_k + k / (batches_of(a) * BATCH);
-            k %= batches_of(a) * BATCH;
+            from = row * a.top_k + batch / batches_of(a);
+            batch %= batches_of(a);
         }
-        u8* to = shared + ZEROS + row * stride + piece * 16;
-        const u8* source = a.x + (u64(from) * a.x_stride) * 2;
-#if PERM
-        const u16* features = reinterpret_cast<const u16*>(source);
+        const int k = batch * BATCH + piece % (BATCH / 8) * 8;
+        const u16* source = reinterpret_cast<const u16*>(a.x) + u64(from) * a.x_stride;
         Quad q = {};
-        if (k < a.K)
+        if (k < a.K) {
+#if PERM
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                q.v[j] = features[a.perm[k + 2 * j]] | u32(features[a.perm[k + 2 * j + 1]]) << 16;
-        *reinterpret_cast<Quad*>(to) = q;
+            for (int j = 0; j < 4; ++j) q.v[j] = source[a.perm[k + 2 * j]] | u32(source[a.perm[k + 2 * j + 1]]) << 16;
 #else
-        copy_async(shared_address(to), k < a.K ? source + k * 2 : a.x, k < a.K);
+            q = *reinterpret_cast<const Quad*>(source + k);
 #endif
+        }
+        *reinterpret_cast<Quad*>(shared + X_AT + row * stride + piece * 16) = q;
     }
-    copy_commit();
-    copy_wait<0>();
 }
 
 // Where a lane finds the rows of x that it names to load_matrices, in the first batch of the block; and the
@@ -219,7 +242,7 @@ DEVICE u32 x_of_lane(const Args& a, const Share& s, int batches, const u8* share
     const bool valid = FORM == PLAIN ? token < a.M : token == 0;
     const int row = FORM == PLAIN ? token : s.row;
     step = valid ? 2 * BATCH : 0;
-    return shared_address(shared) + piece * 16 + (valid ? ZEROS + row * (batches * 2 * BATCH + 16) : 0);
+    return shared_address(shared) + piece * 16 + (valid ? X_AT + row * (batches * 2 * BATCH + 16) : 0);
 }
 
 DEVICE void store(const Args& a, int row, int n, const Float4& f) {
@@ -247,7 +270,6 @@ DEVICE Float4 add(const Float4& a, const Float4& b) {
 DEVICE Share share_of(const Args& a, int unit, int half) {
     Share s;
     const int tiles = a.N64 / HALVES, row = unit / tiles;
-    s.unit = unit;
     s.tile = unit % tiles + half * tiles;
     s.row = FORM == PLAIN ? 0 : FORM == GATED ? row / a.top_k : row;
     s.expert = FORM == GATED ? expert_of(a, row) : 0;
@@ -257,7 +279,7 @@ DEVICE Share share_of(const Args& a, int unit, int half) {
 DEVICE void write_sums(const Args& a, const float (&sums)[4][NT][4], u8* shared) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     const int rows = FORM == PLAIN ? a.M : 1;
-    float* to = reinterpret_cast<float*>(shared + a.sums_at) + warp * rows * SUM_STRIDE + g;
+    float* to = reinterpret_cast<float*>(shared + a.rings_at + warp * RING_BYTES) + g;
 #pragma unroll
     for (int t = 0; t < NT; ++t)
 #pragma unroll
@@ -276,14 +298,13 @@ DEVICE void finish(const Args& a, int first, int units, u8* shared) {
     const u32 blocks = cluster_size(), rank = cluster_rank();
     const int rows = FORM == PLAIN ? a.M : 1;
     const u32 all = units * rows * 16;  // of four outputs
-    const float* sums = reinterpret_cast<const float*>(shared + a.sums_at);
     u8* received = shared + a.received_at;
     auto add_warps = [&](u32 i, int half) {
         const int unit = i / 16 / rows, row = i / 16 % rows;
-        const float* from = sums + ((unit * HALVES + half) * a.warps_k * rows + row) * SUM_STRIDE + i % 16 * 4;
+        const u8* from = shared + a.rings_at + (unit * HALVES + half) * a.warps_k * RING_BYTES +
+                         (row * SUM_STRIDE + i % 16 * 4) * 4;
         Float4 f = *reinterpret_cast<const Float4*>(from);
-        for (int w = 1; w < a.warps_k; ++w)
-            f = add(f, *reinterpret_cast<const Float4*>(from + w * rows * SUM_STRIDE));
+        for (int w = 1; w < a.warps_k; ++w) f = add(f, *reinterpret_cast<const Float4*>(from + w * RING_BYTES));
         return f;
     };
     __syncthreads();
@@ -322,18 +343,21 @@ DEVICE void finish(const Args& a, int first, int units, u8* shared) {
     }
 }
 
-KERNEL(THREADS, BLOCKS) marlin_decode(const Args a) {
+KERNEL(THREADS, 1) marlin_decode(const Args a) {
     SHARED_MEMORY(shared);
     const u32 blocks = cluster_size(), rank = cluster_rank();
     if (blocks > 1) cluster_arrive();
     // What is read before the wait: weights; SUMMED: routes, which were complete before the kernel before began.
     if (FORM == GATED) wait_for_kernels_before();
     let_next_kernel_start();
+    for (int i = threadIdx.x; i < X_AT / 4; i += THREADS) reinterpret_cast<u32*>(shared)[i] = 0;
     const int cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks, warp = threadIdx.x / 32;
     const int first = u64(a.units) * cluster / clusters, end = u64(a.units) * (cluster + 1) / clusters;
     const int batches = batches_of(a) * (FORM == SUMMED ? a.top_k : 1);
     const int begin_k = batches * rank / blocks, end_k = batches * (rank + 1) / blocks;
     const int slot = warp / a.warps_k, part = warp % a.warps_k;
+    const u32 ring = a.rings_at + warp * RING_BYTES;
+    const Constants kept = constants();
 
 #pragma unroll 1
     for (int unit = first; unit < end; unit += a.together) {
@@ -341,16 +365,12 @@ KERNEL(THREADS, BLOCKS) marlin_decode(const Args a) {
         const bool mine = slot < units * HALVES;
         Share s = share_of(a, unit + (mine ? slot / HALVES : 0), slot % HALVES);
         s.begin = begin_k + (end_k - begin_k) * part / a.warps_k;
-        s.end = mine && s.expert >= 0 ? begin_k + (end_k - begin_k) * (part + 1) / a.warps_k : s.begin;
-        Quad q[BATCH_TILES][WORDS];
-        Grid grids[RUNS];
-        Source now;
-        if (s.begin < s.end) {
-            now = source_of(a, s, s.begin);
-#pragma unroll
-            for (int run = 0; run < RUNS; ++run) load_grid(a, now, run, grids[run]);
-#pragma unroll
-            for (int kt = 0; kt < BATCH_TILES; ++kt) load_tile(a, now, kt, q[kt]);
+        s.end = begin_k + (end_k - begin_k) * (part + 1) / a.warps_k;
+        if (!mine || s.expert < 0) s.end = s.begin;
+#pragma unroll 1
+        for (int i = 0; i < RING; ++i) {
+            if (s.begin + i < s.end) load_batch(a, s, s.begin + i, shared_address(shared) + ring + i * BATCH_BYTES);
+            copy_commit();
         }
         if (unit == first) {
             if (FORM != GATED) wait_for_kernels_before();
@@ -358,16 +378,23 @@ KERNEL(THREADS, BLOCKS) marlin_decode(const Args a) {
             __syncthreads();
         }
         float sums[4][NT][4] = {};
-        u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step);
+        u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step), at = 0;
         x += (s.begin - begin_k) * step;
 #pragma unroll 1
-        for (int batch = s.begin; batch + 1 < s.end; ++batch) {
-            const Source next = source_of(a, s, batch + 1);
-            multiply<true>(a, q, grids, now, next, x, sums);
-            now = next;
-            x += step;
+        for (int batch = s.begin; batch < s.end; ++batch, x += step) {
+            float factor = 1;
+            if (FORM == SUMMED) {
+                const int route = route_of(a, s, batch);
+                factor = expert_of(a, route) < 0 ? 0 : factor_of(a, route);
+            }
+            copy_wait<RING - 1>();
+            __syncwarp();
+            multiply(kept, shared + ring + at, x, factor, sums);
+            __syncwarp();
+            if (batch + RING < s.end) load_batch(a, s, batch + RING, shared_address(shared) + ring + at);
+            copy_commit();
+            at = at + BATCH_BYTES == RING_BYTES ? 0 : at + BATCH_BYTES;
         }
-        if (s.begin < s.end) multiply<false>(a, q, grids, now, now, x, sums);
         if (mine) write_sums(a, sums, shared);
         finish(a, unit, units, shared);
         if (unit + a.together < end) {  // what is read stays until all have read it

@@ -14,8 +14,10 @@ from gptq_fx.kernels.marlin.variants import BATCH, DECODE_TILES, GATED, PLAIN, S
 
 ARGUMENTS = "9Q17i4x"
 MOST_ROWS = max(DECODE_TILES)
-ZEROS, SUM_STRIDE = 2 * BATCH, 68  # bytes, floats: of the shared memory of decode.cu
-CLUSTER_OVERHEAD = 4  # of a cluster of several blocks, in the time that a block takes for a batch of a warp
+X_AT = 2 * BATCH  # where x is in the shared memory of decode.cu
+# In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a block,
+# and a batch of a warp that has the next one to wait for.
+CLUSTER_OVERHEAD, LATENCY = 4, 6
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Plan:
     """How a launch cuts the work.
 
     cluster: blocks that share units. clusters: how many. together: units that a cluster has at a time.
-    warps_k: warps of a block that share a unit. sums_at, received_at, shared: bytes in shared memory.
+    warps_k: warps of a block that share a unit. rings_at, received_at, shared: bytes in shared memory.
     capacity: of four sums, that a block receives from another. time: of the busiest block, in batches.
     """
 
@@ -31,15 +33,15 @@ class Plan:
     clusters: int
     together: int
     warps_k: int
-    sums_at: int
+    rings_at: int
     received_at: int
     shared: int
     capacity: int
-    time: int
+    time: float
 
 
 def _plan(
-    function: Function, cluster: int, units: int, halves: int, batches: int, rows: int, each: int
+    function: Function, rings: int, cluster: int, units: int, halves: int, batches: int, rows: int, each: int
 ) -> Plan | None:
     """With clusters of so many blocks; None where they do not fit."""
     clusters = min(units, function.clusters(cluster))
@@ -48,46 +50,55 @@ def _plan(
     warps, part, most = function.threads // 32, -(-batches // cluster), -(-units // clusters)
     together = min(most, warps // halves)
     slots = together * halves
-    warps_k = min(range(1, warps // slots + 1), key=lambda n: (-(-part // n) * n, -n))
-    sums_at = ZEROS + rows * (2 * BATCH * part + 16)
-    received_at = sums_at + 4 * SUM_STRIDE * each * slots * warps_k
+    passes = -(-most // together)
+
+    def time(warps_k: int) -> float:
+        each, all = -(-part // warps_k), slots * part
+        return passes * max((all + slots * warps_k * each) / 2, LATENCY * each)
+
+    warps_k = min(range(1, min(warps // slots, part) + 1), key=time)
+    rings_at = X_AT + rows * (2 * BATCH * part + 16)
+    received_at = rings_at + rings
     capacity = -(-16 * each * together // cluster)
     shared = received_at + 16 * capacity * halves * cluster * (cluster > 1)
-    time = -(-most // together) * slots * warps_k * -(-part // warps_k) + CLUSTER_OVERHEAD * (cluster > 1)
     if shared > function.shared:
         return None
-    return Plan(cluster, clusters, together, warps_k, sums_at, received_at, shared, capacity, time)
+    all = time(warps_k) + CLUSTER_OVERHEAD * (cluster > 1)
+    return Plan(cluster, clusters, together, warps_k, rings_at, received_at, shared, capacity, all)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(function: Function, units: int, halves: int, batches: int, rows: int, each: int) -> Plan | None:
+def plan(
+    function: Function, rings: int, units: int, halves: int, batches: int, rows: int, each: int
+) -> Plan | None:
     """The fastest, as far as that can be told; None where x does not fit shared memory.
 
-    units of 64 outputs, halves times; batches of k; rows of x in shared memory; each: rows of a unit.
+    rings: bytes of them. units of 64 outputs, halves times; batches of k; rows of x in shared memory; each: rows of a unit.
     """
     sizes = range(1, min(MOST_CLUSTER, batches) + 1)
-    plans = (_plan(function, size, units, halves, batches, rows, each) for size in sizes)
+    plans = (_plan(function, rings, size, units, halves, batches, rows, each) for size in sizes)
     return min((p for p in plans if p is not None), key=lambda p: p.time, default=None)
 
 
 @functools.cache
 def decode_function(
-    bits: int, bf16: bool, asym: bool, group_tiles: int, perm: bool, whole: bool, form: int, tokens: int, index: int
-) -> Function:
+    bits: int, bf16: bool, asym: bool, group_tiles: int, perm: bool, form: int, tokens: int, index: int
+) -> tuple[Function, int]:
+    """The kernel, and the bytes of the rings of a block."""
     where, tile = device(index), DECODE_TILES[tokens]
-    variant = DecodeVariant(bits, bf16, asym, group_tiles, perm, whole, form, tile)
-    shared = min(where.shared_per_multiprocessor // tile.blocks - 1024, where.shared_per_block)
-    return Function(variant.source(), "marlin_decode", where, tile.threads, shared, ARGUMENTS)
+    variant = DecodeVariant(bits, bf16, asym, group_tiles, perm, form, tile)
+    shared = where.shared_per_block
+    function = Function(variant.source(), "marlin_decode", where, tile.threads, shared, ARGUMENTS)
+    return function, variant.ring_bytes * tile.warps
 
 
-def _function(x: Tensor, w: Weight, form: int, tokens: int) -> Function:
+def _function(x: Tensor, w: Weight, form: int, tokens: int) -> tuple[Function, int]:
     return decode_function(
         w.bits,
         x.dtype == torch.bfloat16,
         w.zeros is not None,
         w.group_tiles,
         w.perm is not None,
-        w.in_features % BATCH == 0,
         form,
         tokens,
         x.get_device(),
@@ -128,7 +139,7 @@ def _launch(
         units,
         p.together,
         p.warps_k,
-        p.sums_at,
+        p.rings_at,
         p.received_at,
         p.capacity,
         *((1, 1, 0) if ids is None else (w.packed.shape[0], ids.shape[1], int(ids.dtype == torch.int64))),
@@ -146,10 +157,10 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
         return False
     function = _function(x, w, PLAIN, next(tokens for tokens in DECODE_TILES if M <= tokens))
     units = w.scales.shape[-1] // 64
-    p = plan(function, units, 1, -(-w.in_features // BATCH), M, M)
+    p = plan(*function, units, 1, -(-w.in_features // BATCH), M, M)
     if p is None:
         return False
-    _launch(function, p, x, w, bias, out, M, units)
+    _launch(function[0], p, x, w, bias, out, M, units)
     return True
 
 
@@ -166,12 +177,12 @@ def experts(
     tiles = gate_up.scales.shape[-1] // 128, down.scales.shape[-1] // 64
     batches = -(-gate_up.in_features // BATCH), -(-down.in_features // BATCH)
     functions = _function(x, gate_up, GATED, 8), _function(x, down, SUMMED, 8)
-    first = plan(functions[0], T * k * tiles[0], 2, batches[0], T, 1)
-    second = plan(functions[1], T * tiles[1], 1, batches[1] * k, T, 1)
+    first = plan(*functions[0], T * k * tiles[0], 2, batches[0], T, 1)
+    second = plan(*functions[1], T * tiles[1], 1, batches[1] * k, T, 1)
     if first is None or second is None:
         return False
     hidden = torch.empty(T * k, inner, dtype=x.dtype, device=x.device)
     kind = ACTIVATIONS.index(activation)
-    _launch(functions[0], first, x, gate_up, None, hidden, T, T * k * tiles[0], ids, None, kind)
-    _launch(functions[1], second, hidden, down, None, out, T, T * tiles[1], ids, routed)
+    _launch(functions[0][0], first, x, gate_up, None, hidden, T, T * k * tiles[0], ids, None, kind)
+    _launch(functions[1][0], second, hidden, down, None, out, T, T * tiles[1], ids, routed)
     return True

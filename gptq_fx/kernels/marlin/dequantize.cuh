@@ -76,13 +76,15 @@ constexpr float RAW_UNIT = BF16 ? 1.0f : 16777216.0f;
 constexpr float RAW_OFFSET = !BF16 ? 0 : BITS == 4 ? 128 : -128;
 constexpr u32 RAW_MAGIC = BF16 ? MAGIC : 0;
 
+// nibbles: 0x000f000f, in a register: an instruction has room for one constant, and the compiler would write it anew
+// for each.
 #if BITS == 4
-DEVICE void raw(u32 (&a)[4], const u32* word) {
+DEVICE void raw(u32 (&a)[4], const u32* word, u32 nibbles) {
     const u32 q = word[0];
-    a[0] = (q & 0x000f000fu) | RAW_MAGIC;
-    a[2] = ((q >> 4) & 0x000f000fu) | RAW_MAGIC;
-    a[1] = ((q >> 8) & 0x000f000fu) | RAW_MAGIC;
-    a[3] = ((q >> 12) & 0x000f000fu) | RAW_MAGIC;
+    a[0] = (q & nibbles) | RAW_MAGIC;
+    a[2] = ((q >> 4) & nibbles) | RAW_MAGIC;
+    a[1] = ((q >> 8) & nibbles) | RAW_MAGIC;
+    a[3] = ((q >> 12) & nibbles) | RAW_MAGIC;
 }
 #else
 DEVICE u32 raw_of_bytes(u32 q) {
@@ -92,7 +94,7 @@ DEVICE u32 raw_of_bytes(u32 q) {
     return q & 0x00ff00ffu;
 #endif
 }
-DEVICE void raw(u32 (&a)[4], const u32* word) {
+DEVICE void raw(u32 (&a)[4], const u32* word, u32) {
     a[0] = raw_of_bytes(word[0]);
     a[1] = raw_of_bytes(word[1]);
     a[2] = raw_of_bytes(word[0] >> 8);

@@ -204,11 +204,11 @@ BATCH = 128  # features that a warp of decode.cu has in its registers
 
 @dataclass(frozen=True)
 class DecodeTile:
-    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16. blocks: as in Tile."""
+    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16. ring_bytes: of all warps, at most."""
 
     tokens: int
     warps: int
-    blocks: int
+    ring_bytes: int = 128 * 2**10
 
     @property
     def threads(self) -> int:
@@ -216,31 +216,45 @@ class DecodeTile:
 
 
 # By tokens.
-DECODE_TILES = {8: DecodeTile(8, 16, 1), 16: DecodeTile(16, 12, 1)}
+DECODE_TILES = {8: DecodeTile(8, 8), 16: DecodeTile(16, 8)}
 
 
 @dataclass(frozen=True)
 class DecodeVariant:
-    """One compilation of decode.cu; fields as in Variant. whole: K is a multiple of BATCH."""
+    """One compilation of decode.cu; fields as in Variant."""
 
     bits: int
     bf16: bool
     asym: bool
     group_tiles: int
     perm: bool
-    whole: bool
     form: int
     tile: DecodeTile
+
+    @property
+    def batch_bytes(self) -> int:
+        """Of a ring: weights, scales, zero points."""
+        runs = max(BATCH // 16 // self.group_tiles, 1) if self.group_tiles else 1
+        return BATCH * 8 * self.bits + runs * (128 + 8 * self.bits * self.asym)
+
+    @property
+    def ring(self) -> int:
+        """Batches in the ring of a warp."""
+        return self.tile.ring_bytes // self.tile.warps // self.batch_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.ring * self.batch_bytes
 
     def source(self) -> str:
         """The whole text for the compiler."""
         constants = {
             "PERM": int(self.perm),
-            "WHOLE": int(self.whole),
             "FORM": self.form,
             "TOKENS": self.tile.tokens,
             "WARPS": self.tile.warps,
-            "BLOCKS": self.tile.blocks,
+            "RING": self.ring,
+            "RING_BYTES": self.ring_bytes,
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
         parts = ("ptx.cuh", "dequantize.cuh", "activation.cuh", "decode.cu")
@@ -250,12 +264,15 @@ class DecodeVariant:
 def every_decode() -> Iterator[DecodeVariant]:
     """All variants of decode.cu that can be asked for."""
     flags = (False, True)
-    grids = itertools.product(TILES, flags, flags, (0, 2, 4, 8), flags)
-    for bits, bf16, asym, group_tiles, whole in grids:
-        for tokens, perm, form in ((8, False, PLAIN), (8, True, PLAIN), (16, False, PLAIN)):
-            yield DecodeVariant(bits, bf16, asym, group_tiles, perm, whole, form, DECODE_TILES[tokens])
-        for form in (GATED, SUMMED):
-            yield DecodeVariant(bits, bf16, asym, group_tiles, False, whole, form, DECODE_TILES[8])
+    for bits, bf16, asym, group_tiles in itertools.product(TILES, flags, flags, (0, 2, 4, 8)):
+        for tokens, perm, form in (
+            (8, False, PLAIN),
+            (8, True, PLAIN),
+            (16, False, PLAIN),
+            (8, False, GATED),
+            (8, False, SUMMED),
+        ):
+            yield DecodeVariant(bits, bf16, asym, group_tiles, perm, form, DECODE_TILES[tokens])
 
 
 # Rows of the largest tile that reads x in the order of act-order; one of a stack has no other way.
