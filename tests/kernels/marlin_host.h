@@ -288,9 +288,22 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     });
 }
 
-DEVICE void mma_first(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    c[0] = c[1] = c[2] = c[3] = 0;
-    mma(c, a, b0, b1);
+DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    for (int i = 0; i < 4; ++i) d[i] = c[i];
+    mma(d, a, b0, b1);
+}
+
+DEVICE float from_lane_xor(float x, int mask) {
+    struct Operand { float x; int mask; } operand = {x, mask};
+    float result;
+    host::with_warp(&operand, &result, [] {
+        host::Fiber* warp = &host::self();
+        for (int lane = 0; lane < 32; ++lane) {
+            const int other = lane ^ static_cast<const Operand*>(warp[lane].operand)->mask;
+            *static_cast<float*>(warp[lane].result) = static_cast<const Operand*>(warp[other].operand)->x;
+        }
+    });
+    return result;
 }
 
 DEVICE u32 fma2(u32 a, u32 b, u32 c) {

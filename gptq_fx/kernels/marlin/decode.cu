@@ -8,8 +8,8 @@
 // Sums go to the shared memory of the block that writes those outputs, which adds them up in the order of the
 // warps and blocks: the same bits each time.
 //
-// Codes are multiplied as `raw` numbers, cheap to make; zero points are subtracted from the sum over a group,
-// times the sum of x over it, which is a product with ones.
+// Codes are multiplied as `raw` numbers, cheap to make; the sum over a group begins with what is too much then:
+// minus the zero point times the sum of x over the group.
 //
 // Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), PERM, TOKENS, WARPS,
 // RING (batches), and FORM:
@@ -89,13 +89,17 @@ DEVICE void load_batch(const Args& a, const Share& s, int batch, u32 to) {
     const u64 stack = FORM == PLAIN || expert < 0 ? 0 : expert;
     const int lane = threadIdx.x % 32, k_tiles = a.K / 16, first = batch * BATCH_TILES;
     const u8* from = a.weights + ((stack * k_tiles + first) * a.N64 + s.tile) * TILE_BYTES + lane * 16;
-#pragma unroll
-    for (int kt = 0; kt < BATCH_TILES; ++kt) {
-        const bool valid = here && first + kt < k_tiles;
+    auto load = [&](int kt, bool valid) {
 #pragma unroll
         for (int h = 0; h < WORDS; ++h)
             copy_async(to + kt * TILE_BYTES + h * 512 + lane * 16, valid ? from + h * 512 : a.weights, valid);
         from += u64(a.N64) * TILE_BYTES;
+    };
+    if (here && first + BATCH_TILES <= k_tiles) {  // nearly always
+#pragma unroll
+        for (int kt = 0; kt < BATCH_TILES; ++kt) load(kt, true);
+    } else {
+        for (int kt = 0; kt < BATCH_TILES; ++kt) load(kt, here && first + kt < k_tiles);
     }
     if (lane < 8 * RUNS) {
         const int run = lane / 8, group = GROUPED ? first / (GROUPED ? GROUP_TILES : 1) + run : 0;
@@ -133,32 +137,30 @@ DEVICE void read_grid(const u8* batch, int run, Grid& grid) {
                               : *reinterpret_cast<const u32*>(batch + ZEROS_AT + run * ZERO_BYTES + g * BITS + 4 * i);
 }
 
-DEVICE void multiply_add(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], bool first) {
-    if (first)
-        mma_first(c, a, b[0], b[1]);
-    else
-        mma(c, a, b[0], b[1]);
-}
+// This number in a register: an instruction has room for one constant, and the compiler would write it anew
+// for each. Of threadIdx.z it does not know that it is 0.
+DEVICE u32 in_register(u32 constant) { return constant + threadIdx.z; }
 
-// Numbers that stay in registers: of threadIdx.z the compiler does not know that it is 0.
-struct Constants { u32 nibbles, ones[4]; };
-
-DEVICE Constants constants() {
-    Constants c;
-    c.nibbles = 0x000f000fu + threadIdx.z;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c.ones[i] = ONE + (threadIdx.z << i);
-    return c;
-}
-
-// factor: of the route; 0 where it counts nothing, whatever x is.
-DEVICE void multiply(const Constants& constants, const u8* batch, u32 x, float factor, float (&sums)[4][NT][4]) {
+// x: of the lane, see x_of_lane. x_sums: of the runs of the batch, for the tokens of this lane (2 c, 2 c + 1), the
+// next run `runs_apart` further. factor: of the route; 0 where it counts nothing, whatever x is.
+DEVICE void multiply(u32 nibbles, const u8* batch, u32 x, const float* (&x_sums)[NT][2], int runs_apart, float factor,
+                     float (&sums)[4][NT][4]) {
     const u8* weights = batch + threadIdx.x % 32 * 16 * WORDS;
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
         Grid grid;
         read_grid(batch, run, grid);
-        float part[4][NT][4], ones[NT][4];
+        float part[4][NT][4], first[ASYM ? 4 : 1][NT][4];
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float x_sum = x_sums[t][i][run * runs_apart];
+#pragma unroll
+                for (int w = 0; w < (ASYM ? 4 : 1); ++w)
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) first[w][t][2 * r + i] = -raw_zero(grid.zeros, w, r) * x_sum;
+            }
         u32 pair[4];
 #pragma unroll
         for (int j = 0; j < RUN; ++j) {
@@ -177,13 +179,16 @@ DEVICE void multiply(const Constants& constants, const u8* batch, u32 x, float f
             for (int h = 0; h < WORDS; ++h)
                 q[h] = *reinterpret_cast<const Quad*>(weights + kt * TILE_BYTES + 16 * h);
 #pragma unroll
-            for (int t = 0; t < NT; ++t) multiply_add(ones[t], constants.ones, b[t], j == 0);
-#pragma unroll
             for (int w = 0; w < 4; ++w) {
                 u32 registers[4];
-                raw(registers, &q[w * WORDS / 4].v[w * WORDS % 4], constants.nibbles);
+                raw(registers, &q[w * WORDS / 4].v[w * WORDS % 4], nibbles);
 #pragma unroll
-                for (int t = 0; t < NT; ++t) multiply_add(part[w][t], registers, b[t], j == 0);
+                for (int t = 0; t < NT; ++t) {
+                    if (j == 0)
+                        mma(part[w][t], registers, b[t][0], b[t][1], first[ASYM ? w : 0][t]);
+                    else
+                        mma(part[w][t], registers, b[t][0], b[t][1]);
+                }
             }
         }
         if (FORM == SUMMED && factor == 0) continue;
@@ -193,27 +198,22 @@ DEVICE void multiply(const Constants& constants, const u8* batch, u32 x, float f
             for (int r = 0; r < 2; ++r) {
                 float scale = to_float(u16(grid.scales.v[w] >> (16 * r))) * RAW_UNIT;
                 if (FORM == SUMMED) scale *= factor;
-                const float zero = raw_zero(grid.zeros, w, r);
 #pragma unroll
                 for (int t = 0; t < NT; ++t)
 #pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        sums[w][t][2 * r + i] += scale * (part[w][t][2 * r + i] - zero * ones[t][i]);
+                    for (int i = 0; i < 2; ++i) sums[w][t][2 * r + i] += scale * part[w][t][2 * r + i];
             }
     }
 }
 
-// The batches [begin, end) of this block are in parts, one for each of warps_k warps.
-DEVICE int part_begin(const Args& a, int begin, int end, int part) {
-    return begin + (end - begin) * part / a.warps_k;
-}
-
-// The part of each row of x that this block multiplies: batches [begin, end).
+// The part of each row of x that this block multiplies, batches [begin, end), and the sums of its runs: run r of
+// row m is behind the rows, at r * M + m.
 DEVICE void load_x(const Args& a, int begin, int end, u8* shared) {
-    const int pieces = (end - begin) * (BATCH / 8), stride = pieces * 16 + 16;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < a.M * pieces; i += THREADS) {
-        const int row = i / pieces, piece = i % pieces;
+    const int pieces = (end - begin) * (BATCH / 8), stride = pieces * 16 + 16, all = a.M * pieces;
+    float* x_sums = reinterpret_cast<float*>(shared + X_AT + a.M * stride);
+#pragma unroll 2
+    for (int at = threadIdx.x; at < all + int(threadIdx.x % 32); at += THREADS) {  // whole warps
+        const int i = at < all ? at : all - 1, row = i / pieces, piece = i % pieces;
         int batch = begin + piece / (BATCH / 8), from = row;
         if (FORM == SUMMED) {
             from = row * a.top_k + batch / batches_of(a);
@@ -231,17 +231,32 @@ DEVICE void load_x(const Args& a, int begin, int end, u8* shared) {
 #endif
         }
         *reinterpret_cast<Quad*>(shared + X_AT + row * stride + piece * 16) = q;
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum += to_float(u16(q.v[j])) + to_float(u16(q.v[j] >> 16));
+#pragma unroll
+        for (int lanes = 1; lanes < 2 * RUN; lanes *= 2) sum += from_lane_xor(sum, lanes);
+        if (piece % (2 * RUN) == 0 && at < all) x_sums[piece / (2 * RUN) * a.M + row] = sum;
     }
 }
 
-// Where a lane finds the rows of x that it names to load_matrices, in the first batch of the block; and the
-// bytes from batch to batch: none for a row that is not there.
-DEVICE u32 x_of_lane(const Args& a, const Share& s, int batches, const u8* shared, u32& step) {
+// Where a lane finds the rows of x that it names to load_matrices, in the first of the block's batches; and the
+// bytes from batch to batch: none for a row that is not there. And where the sums of its tokens are.
+DEVICE u32 x_of_lane(const Args& a, const Share& s, int batches, const u8* shared, u32& step,
+                     const float* (&x_sums)[NT][2]) {
     const int lane = threadIdx.x % 32, matrix = lane / 8;
     const int token = lane % 8 + (NT == 1 ? 0 : matrix / 2 * 8), piece = NT == 1 ? matrix : matrix % 2;
     const bool valid = FORM == PLAIN ? token < a.M : token == 0;
     const int row = FORM == PLAIN ? token : s.row;
     step = valid ? 2 * BATCH : 0;
+    const float* sums = reinterpret_cast<const float*>(shared + X_AT + a.M * (batches * 2 * BATCH + 16));
+#pragma unroll
+    for (int t = 0; t < NT; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int mine = t * 8 + lane % 4 * 2 + i;
+            x_sums[t][i] = sums + (FORM == PLAIN && mine < a.M ? mine : s.row);
+        }
     return shared_address(shared) + piece * 16 + (valid ? X_AT + row * (batches * 2 * BATCH + 16) : 0);
 }
 
@@ -357,7 +372,7 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
     const int begin_k = batches * rank / blocks, end_k = batches * (rank + 1) / blocks;
     const int slot = warp / a.warps_k, part = warp % a.warps_k;
     const u32 ring = a.rings_at + warp * RING_BYTES;
-    const Constants kept = constants();
+    const u32 nibbles = in_register(0x000f000fu);
 
 #pragma unroll 1
     for (int unit = first; unit < end; unit += a.together) {
@@ -378,10 +393,19 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
             __syncthreads();
         }
         float sums[4][NT][4] = {};
-        u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step), at = 0;
-        x += (s.begin - begin_k) * step;
+        const float* x_sums[NT][2];
+        u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step, x_sums), at = 0;
+        const int runs_apart = a.M;
+        auto go_on = [&](int batches) {
+            x += batches * step;
+#pragma unroll
+            for (int t = 0; t < NT; ++t)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) x_sums[t][i] += batches * RUNS * runs_apart;
+        };
+        go_on(s.begin - begin_k);
 #pragma unroll 1
-        for (int batch = s.begin; batch < s.end; ++batch, x += step) {
+        for (int batch = s.begin; batch < s.end; ++batch, go_on(1)) {
             float factor = 1;
             if (FORM == SUMMED) {
                 const int route = route_of(a, s, batch);
@@ -389,7 +413,7 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
             }
             copy_wait<RING - 1>();
             __syncwarp();
-            multiply(kept, shared + ring + at, x, factor, sums);
+            multiply(nibbles, shared + ring + at, x, x_sums, runs_apart, factor, sums);
             __syncwarp();
             if (batch + RING < s.end) load_batch(a, s, batch + RING, shared_address(shared) + ring + at);
             copy_commit();

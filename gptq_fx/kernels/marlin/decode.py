@@ -41,7 +41,7 @@ class Plan:
 
 
 def _plan(
-    function: Function, rings: int, cluster: int, units: int, halves: int, batches: int, rows: int, each: int
+    function: Function, runs: int, rings: int, cluster: int, units: int, halves: int, batches: int, rows: int, each: int
 ) -> Plan | None:
     """With clusters of so many blocks; None where they do not fit."""
     clusters = min(units, function.clusters(cluster))
@@ -57,7 +57,7 @@ def _plan(
         return passes * max((all + slots * warps_k * each) / 2, LATENCY * each)
 
     warps_k = min(range(1, min(warps // slots, part) + 1), key=time)
-    rings_at = X_AT + rows * (2 * BATCH * part + 16)
+    rings_at = X_AT + rows * (2 * BATCH * part + 16) + -(-4 * rows * part * runs // 16) * 16
     received_at = rings_at + rings
     capacity = -(-16 * each * together // cluster)
     shared = received_at + 16 * capacity * halves * cluster * (cluster > 1)
@@ -69,30 +69,30 @@ def _plan(
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    function: Function, rings: int, units: int, halves: int, batches: int, rows: int, each: int
+    function: Function, runs: int, rings: int, units: int, halves: int, batches: int, rows: int, each: int
 ) -> Plan | None:
     """The fastest, as far as that can be told; None where x does not fit shared memory.
 
-    rings: bytes of them. units of 64 outputs, halves times; batches of k; rows of x in shared memory; each: rows of a unit.
+    runs: groups in a batch. rings: bytes of them. units of 64 outputs, halves times; batches of k; rows of x in shared memory; each: rows of a unit.
     """
     sizes = range(1, min(MOST_CLUSTER, batches) + 1)
-    plans = (_plan(function, rings, size, units, halves, batches, rows, each) for size in sizes)
+    plans = (_plan(function, runs, rings, size, units, halves, batches, rows, each) for size in sizes)
     return min((p for p in plans if p is not None), key=lambda p: p.time, default=None)
 
 
 @functools.cache
 def decode_function(
     bits: int, bf16: bool, asym: bool, group_tiles: int, perm: bool, form: int, tokens: int, index: int
-) -> tuple[Function, int]:
-    """The kernel, and the bytes of the rings of a block."""
+) -> tuple[Function, int, int]:
+    """The kernel, the groups in a batch, and the bytes of the rings of a block."""
     where, tile = device(index), DECODE_TILES[tokens]
     variant = DecodeVariant(bits, bf16, asym, group_tiles, perm, form, tile)
     shared = where.shared_per_block
     function = Function(variant.source(), "marlin_decode", where, tile.threads, shared, ARGUMENTS)
-    return function, variant.ring_bytes * tile.warps
+    return function, variant.runs, variant.ring_bytes * tile.warps
 
 
-def _function(x: Tensor, w: Weight, form: int, tokens: int) -> tuple[Function, int]:
+def _function(x: Tensor, w: Weight, form: int, tokens: int) -> tuple[Function, int, int]:
     return decode_function(
         w.bits,
         x.dtype == torch.bfloat16,

@@ -76,8 +76,7 @@ constexpr float RAW_UNIT = BF16 ? 1.0f : 16777216.0f;
 constexpr float RAW_OFFSET = !BF16 ? 0 : BITS == 4 ? 128 : -128;
 constexpr u32 RAW_MAGIC = BF16 ? MAGIC : 0;
 
-// nibbles: 0x000f000f, in a register: an instruction has room for one constant, and the compiler would write it anew
-// for each.
+// nibbles: 0x000f000f.
 #if BITS == 4
 DEVICE void raw(u32 (&a)[4], const u32* word, u32 nibbles) {
     const u32 q = word[0];

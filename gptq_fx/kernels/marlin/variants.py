@@ -232,10 +232,14 @@ class DecodeVariant:
     tile: DecodeTile
 
     @property
+    def runs(self) -> int:
+        """Groups in a batch."""
+        return max(BATCH // 16 // self.group_tiles, 1) if self.group_tiles else 1
+
+    @property
     def batch_bytes(self) -> int:
         """Of a ring: weights, scales, zero points."""
-        runs = max(BATCH // 16 // self.group_tiles, 1) if self.group_tiles else 1
-        return BATCH * 8 * self.bits + runs * (128 + 8 * self.bits * self.asym)
+        return BATCH * 8 * self.bits + self.runs * (128 + 8 * self.bits * self.asym)
 
     @property
     def ring(self) -> int:
