@@ -4,8 +4,8 @@
 // warp but for x, at the begin, and for the sum, at the end.
 //
 // One unit of work is 64 outputs (GATED: 64 of gate and the 64 of up). The blocks of a cluster share its
-// units, each with its batches of k; in a block, each unit has warps_k warps, each with its part of those.
-// Sums go to the shared memory of the block that writes those outputs, which adds them up in the order of the
+// units, each with its batches of k; in a block, groups of warps_k warps take unit by unit, each warp its part of
+// those batches. Sums go to the shared memory of the block that writes those outputs, which adds them up in the order of the
 // warps and blocks: the same bits each time.
 //
 // Codes are multiplied as `raw` numbers, cheap to make; the sum over a group begins with what is too much then:
@@ -32,7 +32,7 @@ struct Args {
     u16* out;            // [*, N], GATED: [*, N / 2]
     const void* ids;     // [*, top_k] experts; none where not in [0, num_experts)
     const void* routed;  // SUMMED: [*, top_k] weights
-    int M, N, K, N64, x_stride, groups, units, together, warps_k, rings_at, received_at, capacity;
+    int M, N, K, N64, x_stride, groups, units, warps_k, rings_at, sums_at, received_at, capacity;
     int num_experts, top_k, wide_ids, wide_routed, activation;
 };
 
@@ -49,7 +49,7 @@ constexpr int RUNS = BATCH_TILES / RUN;
 constexpr int SUM_STRIDE = 64 + 4;
 constexpr int X_AT = 2 * BATCH;  // in shared memory; the bytes before are 0, for rows of x that are not there
 
-// A batch in a ring: weights, scales, zero points. In the place of a ring come the sums of its warp.
+// A batch in a ring: weights, scales, zero points.
 constexpr int SCALES_AT = BATCH_TILES * TILE_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + RUNS * 128;
 constexpr int ZERO_BYTES = ASYM ? 8 * BITS : 0;  // of a run
@@ -63,9 +63,9 @@ DEVICE int expert_of(const Args& a, int route) {
     return e >= 0 && e < a.num_experts ? e : -1;
 }
 
-// What a warp works on: 64 outputs, and its batches of k.
+// Of 64 outputs.
 struct Share {
-    int tile, row, expert, begin, end;  // row: of x in shared memory. GATED: expert of the unit
+    int tile, row, expert;  // row: of x in shared memory. GATED: expert of the unit
 };
 
 DEVICE int batches_of(const Args& a) { return (a.K + BATCH - 1) / BATCH; }  // of one expert
@@ -150,48 +150,54 @@ DEVICE void multiply(u32 nibbles, const u8* batch, u32 x, const float* (&x_sums)
     for (int run = 0; run < RUNS; ++run) {
         Grid grid;
         read_grid(batch, run, grid);
-        float part[4][NT][4], first[ASYM ? 4 : 1][NT][4];
+        float part[4][NT][4];
 #pragma unroll
         for (int t = 0; t < NT; ++t)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float x_sum = x_sums[t][i][run * runs_apart];
 #pragma unroll
-                for (int w = 0; w < (ASYM ? 4 : 1); ++w)
+                for (int w = 0; w < 4; ++w)
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) first[w][t][2 * r + i] = -raw_zero(grid.zeros, w, r) * x_sum;
+                    for (int r = 0; r < 2; ++r) part[w][t][2 * r + i] = -raw_zero(grid.zeros, w, r) * x_sum;
             }
-        u32 pair[4];
-#pragma unroll
-        for (int j = 0; j < RUN; ++j) {
-            const int kt = run * RUN + j;
-            u32 b[NT][2];
+        // Not all of RUN at once: much code that runs once takes longer to fetch than to execute.
+#pragma unroll 1
+        for (int j = 0; j < RUN; j += 2) {
+            u32 b[2][NT][2];
             if (NT == 1) {
-                if (kt % 2 == 0) load_matrices(pair, x + kt * 32);
-                b[0][0] = pair[kt % 2 * 2], b[0][1] = pair[kt % 2 * 2 + 1];
+                u32 pair[4];
+                load_matrices(pair, x);
+                b[0][0][0] = pair[0], b[0][0][1] = pair[1];
+                b[1][0][0] = pair[2], b[1][0][1] = pair[3];
             } else {
-                load_matrices(pair, x + kt * 32);
 #pragma unroll
-                for (int t = 0; t < NT; ++t) b[t][0] = pair[2 * t], b[t][1] = pair[2 * t + 1];
-            }
-            Quad q[WORDS];
+                for (int i = 0; i < 2; ++i) {
+                    u32 pair[4];
+                    load_matrices(pair, x + i * 32);
 #pragma unroll
-            for (int h = 0; h < WORDS; ++h)
-                q[h] = *reinterpret_cast<const Quad*>(weights + kt * TILE_BYTES + 16 * h);
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                u32 registers[4];
-                raw(registers, &q[w * WORDS / 4].v[w * WORDS % 4], nibbles);
-#pragma unroll
-                for (int t = 0; t < NT; ++t) {
-                    if (j == 0)
-                        mma(part[w][t], registers, b[t][0], b[t][1], first[ASYM ? w : 0][t]);
-                    else
-                        mma(part[w][t], registers, b[t][0], b[t][1]);
+                    for (int t = 0; t < NT; ++t) b[i][t][0] = pair[2 * t], b[i][t][1] = pair[2 * t + 1];
                 }
             }
+            Quad q[2][WORDS];
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int h = 0; h < WORDS; ++h)
+                    q[i][h] = *reinterpret_cast<const Quad*>(weights + i * TILE_BYTES + 16 * h);
+            x += 64;
+            weights += 2 * TILE_BYTES;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int w = 0; w < 4; ++w) {
+                    u32 registers[4];
+                    raw(registers, &q[i][w * WORDS / 4].v[w * WORDS % 4], nibbles);
+#pragma unroll
+                    for (int t = 0; t < NT; ++t) mma(part[w][t], registers, b[i][t][0], b[i][t][1]);
+                }
         }
-        if (FORM == SUMMED && factor == 0) continue;
+        if (FORM != PLAIN && factor == 0) continue;
 #pragma unroll
         for (int w = 0; w < 4; ++w)
 #pragma unroll
@@ -207,36 +213,45 @@ DEVICE void multiply(u32 nibbles, const u8* batch, u32 x, const float* (&x_sums)
 }
 
 // The part of each row of x that this block multiplies, batches [begin, end), and the sums of its runs: run r of
-// row m is behind the rows, at r * M + m.
+// row m is behind the rows, at r * M + m. A thread takes 32 k at a time.
 DEVICE void load_x(const Args& a, int begin, int end, u8* shared) {
-    const int pieces = (end - begin) * (BATCH / 8), stride = pieces * 16 + 16, all = a.M * pieces;
+    constexpr int PIECES = 4, EACH = BATCH / 32;  // pieces of 16 bytes; of a batch
+    const int of_row = (end - begin) * EACH, stride = of_row * 64 + 16, all = a.M * of_row;
     float* x_sums = reinterpret_cast<float*>(shared + X_AT + a.M * stride);
 #pragma unroll 2
     for (int at = threadIdx.x; at < all + int(threadIdx.x % 32); at += THREADS) {  // whole warps
-        const int i = at < all ? at : all - 1, row = i / pieces, piece = i % pieces;
-        int batch = begin + piece / (BATCH / 8), from = row;
+        const int i = at < all ? at : all - 1, row = i / of_row, place = i % of_row;
+        int batch = begin + place / EACH, from = row;
         if (FORM == SUMMED) {
             from = row * a.top_k + batch / batches_of(a);
             batch %= batches_of(a);
         }
-        const int k = batch * BATCH + piece % (BATCH / 8) * 8;
+        const int k = batch * BATCH + place % EACH * 32;
         const u16* source = reinterpret_cast<const u16*>(a.x) + u64(from) * a.x_stride;
-        Quad q = {};
-        if (k < a.K) {
+        Quad q[PIECES] = {};
+#pragma unroll
+        for (int p = 0; p < PIECES; ++p) {
+            if (k + 8 * p >= a.K) continue;
 #if PERM
 #pragma unroll
-            for (int j = 0; j < 4; ++j) q.v[j] = source[a.perm[k + 2 * j]] | u32(source[a.perm[k + 2 * j + 1]]) << 16;
+            for (int j = 0; j < 4; ++j) {
+                const int* features = a.perm + k + 8 * p + 2 * j;
+                q[p].v[j] = source[features[0]] | u32(source[features[1]]) << 16;
+            }
 #else
-            q = *reinterpret_cast<const Quad*>(source + k);
+            q[p] = load_early(reinterpret_cast<const Quad*>(source + k + 8 * p));
 #endif
         }
-        *reinterpret_cast<Quad*>(shared + X_AT + row * stride + piece * 16) = q;
         float sum = 0;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum += to_float(u16(q.v[j])) + to_float(u16(q.v[j] >> 16));
+        for (int p = 0; p < PIECES; ++p) {
+            *reinterpret_cast<Quad*>(shared + X_AT + row * stride + place * 64 + p * 16) = q[p];
 #pragma unroll
-        for (int lanes = 1; lanes < 2 * RUN; lanes *= 2) sum += from_lane_xor(sum, lanes);
-        if (piece % (2 * RUN) == 0 && at < all) x_sums[piece / (2 * RUN) * a.M + row] = sum;
+            for (int j = 0; j < 4; ++j) sum += to_float(u16(q[p].v[j])) + to_float(u16(q[p].v[j] >> 16));
+        }
+#pragma unroll
+        for (int lanes = 1; lanes < RUN / 2; lanes *= 2) sum += from_lane_xor(sum, lanes);
+        if (place % (RUN / 2) == 0 && at < all) x_sums[place / (RUN / 2) * a.M + row] = sum;
     }
 }
 
@@ -281,20 +296,22 @@ DEVICE Float4 add(const Float4& a, const Float4& b) {
     return {a.v[0] + b.v[0], a.v[1] + b.v[1], a.v[2] + b.v[2], a.v[3] + b.v[3]};
 }
 
-// The unit: which outputs, and of which row.
-DEVICE Share share_of(const Args& a, int unit, int half) {
+// What a slot stands for, of a block whose first unit is `first`.
+DEVICE Share share_of(const Args& a, int first, int slot) {
     Share s;
-    const int tiles = a.N64 / HALVES, row = unit / tiles;
+    const int unit = first + slot / HALVES, half = slot % HALVES, tiles = a.N64 / HALVES;
+    if (unit >= a.units) return {};
+    const int row = unit / tiles;
     s.tile = unit % tiles + half * tiles;
     s.row = FORM == PLAIN ? 0 : FORM == GATED ? row / a.top_k : row;
     s.expert = FORM == GATED ? expert_of(a, row) : 0;
     return s;
 }
 
-DEVICE void write_sums(const Args& a, const float (&sums)[4][NT][4], u8* shared) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-    const int rows = FORM == PLAIN ? a.M : 1;
-    float* to = reinterpret_cast<float*>(shared + a.rings_at + warp * RING_BYTES) + g;
+// slot: of 64 outputs among those of the block; part: of its warps.
+DEVICE void write_sums(const Args& a, int slot, int part, const float (&sums)[4][NT][4], u8* shared) {
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, rows = FORM == PLAIN ? a.M : 1;
+    float* to = reinterpret_cast<float*>(shared + a.sums_at) + (slot * a.warps_k + part) * rows * SUM_STRIDE + g;
 #pragma unroll
     for (int t = 0; t < NT; ++t)
 #pragma unroll
@@ -313,18 +330,19 @@ DEVICE void finish(const Args& a, int first, int units, u8* shared) {
     const u32 blocks = cluster_size(), rank = cluster_rank();
     const int rows = FORM == PLAIN ? a.M : 1;
     const u32 all = units * rows * 16;  // of four outputs
+    const float* sums = reinterpret_cast<const float*>(shared + a.sums_at);
     u8* received = shared + a.received_at;
     auto add_warps = [&](u32 i, int half) {
         const int unit = i / 16 / rows, row = i / 16 % rows;
-        const u8* from = shared + a.rings_at + (unit * HALVES + half) * a.warps_k * RING_BYTES +
-                         (row * SUM_STRIDE + i % 16 * 4) * 4;
+        const float* from = sums + ((unit * HALVES + half) * a.warps_k * rows + row) * SUM_STRIDE + i % 16 * 4;
         Float4 f = *reinterpret_cast<const Float4*>(from);
-        for (int w = 1; w < a.warps_k; ++w) f = add(f, *reinterpret_cast<const Float4*>(from + w * RING_BYTES));
+        for (int w = 1; w < a.warps_k; ++w)
+            f = add(f, *reinterpret_cast<const Float4*>(from + w * rows * SUM_STRIDE));
         return f;
     };
     __syncthreads();
     if (blocks > 1) {
-        cluster_wait();  // the others have begun, or read what they received before
+        cluster_wait();  // the others have begun
         for (u32 i = threadIdx.x; i < all; i += THREADS) {
             const u32 to = ((i + 1) * blocks - 1) / all;
             const u32 place = (rank * HALVES) * a.capacity + i - all * to / blocks;
@@ -370,31 +388,43 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
     const int first = u64(a.units) * cluster / clusters, end = u64(a.units) * (cluster + 1) / clusters;
     const int batches = batches_of(a) * (FORM == SUMMED ? a.top_k : 1);
     const int begin_k = batches * rank / blocks, end_k = batches * (rank + 1) / blocks;
-    const int slot = warp / a.warps_k, part = warp % a.warps_k;
     const u32 ring = a.rings_at + warp * RING_BYTES;
     const u32 nibbles = in_register(0x000f000fu);
 
-#pragma unroll 1
-    for (int unit = first; unit < end; unit += a.together) {
-        const int units = end - unit < a.together ? end - unit : a.together;
-        const bool mine = slot < units * HALVES;
-        Share s = share_of(a, unit + (mine ? slot / HALVES : 0), slot % HALVES);
-        s.begin = begin_k + (end_k - begin_k) * part / a.warps_k;
-        s.end = begin_k + (end_k - begin_k) * (part + 1) / a.warps_k;
-        if (!mine || s.expert < 0) s.end = s.begin;
-#pragma unroll 1
-        for (int i = 0; i < RING; ++i) {
-            if (s.begin + i < s.end) load_batch(a, s, s.begin + i, shared_address(shared) + ring + i * BATCH_BYTES);
-            copy_commit();
+    const int units = end - first, slots = units * HALVES, groups = WARPS / a.warps_k;
+    const int part = warp % a.warps_k;
+    int begin = begin_k + (end_k - begin_k) * part / a.warps_k;
+    const int stop = begin_k + (end_k - begin_k) * (part + 1) / a.warps_k;
+
+    // The next batch to load, while there is one.
+    int next_slot = warp / a.warps_k < groups ? warp / a.warps_k : slots, next = begin;
+    Share loaded = share_of(a, first, next_slot);
+    auto load = [&](int at) {
+        if (next_slot < slots) {
+            load_batch(a, loaded, next, shared_address(shared) + ring + at);
+            if (++next == stop) {
+                next = begin;
+                next_slot += groups;
+                loaded = share_of(a, first, next_slot);
+            }
         }
-        if (unit == first) {
-            if (FORM != GATED) wait_for_kernels_before();
-            load_x(a, begin_k, end_k, shared);
-            __syncthreads();
-        }
+        copy_commit();
+    };
+    int slot = next_slot;
+    if (begin == stop) next_slot = slots;
+#pragma unroll 1
+    for (int i = 0; i < RING; ++i) load(i * BATCH_BYTES);
+    if (FORM != GATED) wait_for_kernels_before();
+    load_x(a, begin_k, end_k, shared);
+    __syncthreads();
+
+    int at = 0;
+#pragma unroll 1
+    for (; slot < slots; slot += groups) {
+        const Share s = share_of(a, first, slot);
         float sums[4][NT][4] = {};
         const float* x_sums[NT][2];
-        u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step, x_sums), at = 0;
+        u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step, x_sums);
         const int runs_apart = a.M;
         auto go_on = [&](int batches) {
             x += batches * step;
@@ -403,10 +433,10 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) x_sums[t][i] += batches * RUNS * runs_apart;
         };
-        go_on(s.begin - begin_k);
+        go_on(begin - begin_k);
 #pragma unroll 1
-        for (int batch = s.begin; batch < s.end; ++batch, go_on(1)) {
-            float factor = 1;
+        for (int batch = begin; batch < stop; ++batch, go_on(1)) {
+            float factor = s.expert >= 0;
             if (FORM == SUMMED) {
                 const int route = route_of(a, s, batch);
                 factor = expert_of(a, route) < 0 ? 0 : factor_of(a, route);
@@ -415,15 +445,10 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
             __syncwarp();
             multiply(nibbles, shared + ring + at, x, x_sums, runs_apart, factor, sums);
             __syncwarp();
-            if (batch + RING < s.end) load_batch(a, s, batch + RING, shared_address(shared) + ring + at);
-            copy_commit();
+            load(at);
             at = at + BATCH_BYTES == RING_BYTES ? 0 : at + BATCH_BYTES;
         }
-        if (mine) write_sums(a, sums, shared);
-        finish(a, unit, units, shared);
-        if (unit + a.together < end) {  // what is read stays until all have read it
-            __syncthreads();
-            if (blocks > 1) cluster_arrive();
-        }
+        write_sums(a, slot, part, sums, shared);
     }
+    finish(a, first, units, shared);
 }

@@ -14,57 +14,60 @@ from gptq_fx.kernels.marlin.variants import BATCH, DECODE_TILES, GATED, PLAIN, S
 
 ARGUMENTS = "9Q17i4x"
 MOST_ROWS = max(DECODE_TILES)
-X_AT = 2 * BATCH  # where x is in the shared memory of decode.cu
+X_AT, SUM_BYTES = 2 * BATCH, 4 * 68  # of the shared memory of decode.cu: where x is, and of the sums of a row
 # In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a block,
 # and a batch of a warp that has the next one to wait for.
-CLUSTER_OVERHEAD, LATENCY = 4, 6
+CLUSTER_OVERHEAD, LATENCY = 4, 5
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a launch cuts the work.
 
-    cluster: blocks that share units. clusters: how many. together: units that a cluster has at a time.
-    warps_k: warps of a block that share a unit. rings_at, received_at, shared: bytes in shared memory.
-    capacity: of four sums, that a block receives from another. time: of the busiest block, in batches.
+    cluster: blocks that share units. clusters: how many. warps_k: warps of a block that share a unit. rings_at,
+    sums_at, received_at, shared: bytes in shared memory. capacity: of four sums, that a block receives from
+    another. time: of the busiest block, in batches.
     """
 
     cluster: int
     clusters: int
-    together: int
     warps_k: int
     rings_at: int
+    sums_at: int
     received_at: int
     shared: int
     capacity: int
-    time: float
+    time: int
 
 
 def _plan(
-    function: Function, runs: int, rings: int, cluster: int, units: int, halves: int, batches: int, rows: int, each: int
+    function: Function,
+    runs: int,
+    rings: int,
+    cluster: int,
+    warps_k: int,
+    units: int,
+    halves: int,
+    batches: int,
+    rows: int,
+    each: int,
 ) -> Plan | None:
-    """With clusters of so many blocks; None where they do not fit."""
+    """With clusters of so many blocks, and so many warps that share a unit; None where they do not fit."""
     clusters = min(units, function.clusters(cluster))
     if not clusters:
         return None
-    warps, part, most = function.threads // 32, -(-batches // cluster), -(-units // clusters)
-    together = min(most, warps // halves)
-    slots = together * halves
-    passes = -(-most // together)
-
-    def time(warps_k: int) -> float:
-        each, all = -(-part // warps_k), slots * part
-        return passes * max((all + slots * warps_k * each) / 2, LATENCY * each)
-
-    warps_k = min(range(1, min(warps // slots, part) + 1), key=time)
+    part, most = -(-batches // cluster), -(-units // clusters)
+    slots = most * halves
+    of_warp = -(-slots // (function.threads // 32 // warps_k)) * -(-part // warps_k)
     rings_at = X_AT + rows * (2 * BATCH * part + 16) + -(-4 * rows * part * runs // 16) * 16
-    received_at = rings_at + rings
-    capacity = -(-16 * each * together // cluster)
+    sums_at = rings_at + rings
+    received_at = sums_at + slots * warps_k * each * SUM_BYTES
+    capacity = -(-16 * each * most // cluster)
     shared = received_at + 16 * capacity * halves * cluster * (cluster > 1)
     if shared > function.shared:
         return None
-    all = time(warps_k) + CLUSTER_OVERHEAD * (cluster > 1)
-    return Plan(cluster, clusters, together, warps_k, rings_at, received_at, shared, capacity, all)
+    time = max(slots * part, LATENCY * of_warp) + CLUSTER_OVERHEAD * (cluster > 1)
+    return Plan(cluster, clusters, warps_k, rings_at, sums_at, received_at, shared, capacity, time)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -76,8 +79,12 @@ def plan(
     runs: groups in a batch. rings: bytes of them. units of 64 outputs, halves times; batches of k; rows of x in shared memory; each: rows of a unit.
     """
     sizes = range(1, min(MOST_CLUSTER, batches) + 1)
-    plans = (_plan(function, runs, rings, size, units, halves, batches, rows, each) for size in sizes)
-    return min((p for p in plans if p is not None), key=lambda p: p.time, default=None)
+    plans = (
+        _plan(function, runs, rings, size, warps_k, units, halves, batches, rows, each)
+        for size in sizes
+        for warps_k in range(1, min(function.threads // 32, -(-batches // size)) + 1)
+    )
+    return min((p for p in plans if p is not None), key=lambda p: (p.time, p.warps_k), default=None)
 
 
 @functools.cache
@@ -137,9 +144,9 @@ def _launch(
         x.stride(0),
         w.scales.shape[-2],
         units,
-        p.together,
         p.warps_k,
         p.rings_at,
+        p.sums_at,
         p.received_at,
         p.capacity,
         *((1, 1, 0) if ids is None else (w.packed.shape[0], ids.shape[1], int(ids.dtype == torch.int64))),
