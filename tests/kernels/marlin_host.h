@@ -325,7 +325,9 @@ static u32 bytes(u32 a) {
     return d;
 }
 DEVICE u16 load_early(const u16* p) { return *p; }
+DEVICE u32 load_early(const u32* p) { return *p; }
 DEVICE Quad load_early(const Quad* p) { return *p; }
+DEVICE Quad load_once(const Quad* p) { return *p; }
 DEVICE Float4 load_shared_between_blocks(const float* p) {
     Float4 f;
     std::memcpy(&f, p, 16);

@@ -1,7 +1,7 @@
 // y[M, N] = x[M, K] W[N, K]^T for a few rows of x, on GPUs with clusters. As W x^T: a tile of weights (16 k x 64
-// outputs) holds the registers of operand a of mma, lane by lane. Each warp has a ring of its own in shared
-// memory, of batches of 128 k, which it fills before the kernels before have ended: nothing waits for another
-// warp but for x, at the begin, and for the sum, at the end.
+// outputs) holds the registers of operand a of mma, lane by lane, so that a warp loads them from global memory
+// into registers, a batch of k tiles while it multiplies the one before, and the first ones before the kernels
+// before have ended. Nothing waits for another warp but for x, at the begin, and for the sum, at the end.
 //
 // One unit of work is 64 outputs (GATED: 64 of gate and the 64 of up). The blocks of a cluster share its
 // units, each with its batches of k; in a block, groups of warps_k warps take unit by unit, each warp its part of
@@ -12,7 +12,7 @@
 // minus the zero point times the sum of x over the group.
 //
 // Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), PERM, TOKENS, WARPS,
-// RING (batches), and FORM:
+// BATCH_TILES (k tiles in a batch), and FORM:
 //   PLAIN   rows of x [M, K] and one weight.
 //   GATED   unit (r, n): row r of the routes, ids[r] its expert, x[r / top_k]; out = activation(gate) * up.
 //   SUMMED  unit (t, n): the sum over the routes r of token t of routed[r] * (x[r] W[ids[r]]^T), as one product
@@ -32,13 +32,12 @@ struct Args {
     u16* out;            // [*, N], GATED: [*, N / 2]
     const void* ids;     // [*, top_k] experts; none where not in [0, num_experts)
     const void* routed;  // SUMMED: [*, top_k] weights
-    int M, N, K, N64, x_stride, groups, units, warps_k, rings_at, sums_at, received_at, capacity;
+    int M, N, K, N64, x_stride, groups, units, warps_k, sums_at, received_at, capacity;
     int num_experts, top_k, wide_ids, wide_routed, activation;
 };
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int NT = TOKENS / 8;
-constexpr int BATCH_TILES = 8;
 constexpr int BATCH = 16 * BATCH_TILES;
 constexpr int TILE_BYTES = 128 * BITS;
 constexpr int WORDS = BITS / 4;
@@ -49,12 +48,6 @@ constexpr int RUNS = BATCH_TILES / RUN;
 constexpr int SUM_STRIDE = 64 + 4;
 constexpr int X_AT = 2 * BATCH;  // in shared memory; the bytes before are 0, for rows of x that are not there
 
-// A batch in a ring: weights, scales, zero points.
-constexpr int SCALES_AT = BATCH_TILES * TILE_BYTES;
-constexpr int ZEROS_AT = SCALES_AT + RUNS * 128;
-constexpr int ZERO_BYTES = ASYM ? 8 * BITS : 0;  // of a run
-constexpr int BATCH_BYTES = ZEROS_AT + RUNS * ZERO_BYTES;
-static_assert(RING * BATCH_BYTES == RING_BYTES, "the caller counts otherwise");
 static_assert(FORM == PLAIN || TOKENS == 8, "a unit of experts has one row of x");
 
 DEVICE int expert_of(const Args& a, int route) {
@@ -79,62 +72,54 @@ DEVICE float factor_of(const Args& a, int route) {
                          : to_float(static_cast<const u16*>(a.routed)[route]);
 }
 
-DEVICE void load_batch(const Args& a, const Share& s, int batch, u32 to) {
+// Scales and zero points of a run, of the outputs of this lane: (g, g + 8) x 4.
+struct Grid { Quad scales; u32 zeros[BITS / 4]; };
+
+struct Batch {
+    Quad q[BATCH_TILES][WORDS];
+    Grid grids[RUNS];
+};
+
+DEVICE void load_batch(const Args& a, const Share& s, int batch, Batch& to) {
     int expert = s.expert;
     if (FORM == SUMMED) {
         expert = expert_of(a, route_of(a, s, batch));
         batch %= batches_of(a);
     }
-    const bool here = FORM == PLAIN || expert >= 0;
-    const u64 stack = FORM == PLAIN || expert < 0 ? 0 : expert;
-    const int lane = threadIdx.x % 32, k_tiles = a.K / 16, first = batch * BATCH_TILES;
-    const u8* from = a.weights + ((stack * k_tiles + first) * a.N64 + s.tile) * TILE_BYTES + lane * 16;
-    auto load = [&](int kt, bool valid) {
+    const u64 stack = FORM == PLAIN || expert < 0 ? 0 : expert;  // what counts nothing may be anything
+    const int lane = threadIdx.x % 32, g = lane / 4, k_tiles = a.K / 16, first = batch * BATCH_TILES;
+    const u8* weights = a.weights + ((stack * k_tiles + first) * a.N64 + s.tile) * TILE_BYTES + lane * 16 * WORDS;
+    auto load = [&](int kt) {
 #pragma unroll
-        for (int h = 0; h < WORDS; ++h)
-            copy_async(to + kt * TILE_BYTES + h * 512 + lane * 16, valid ? from + h * 512 : a.weights, valid);
-        from += u64(a.N64) * TILE_BYTES;
+        for (int h = 0; h < WORDS; ++h) to.q[kt][h] = load_once(reinterpret_cast<const Quad*>(weights + 16 * h));
     };
-    if (here && first + BATCH_TILES <= k_tiles) {  // nearly always
+    const u64 step = u64(a.N64) * TILE_BYTES;
+    const int left = k_tiles - first;
 #pragma unroll
-        for (int kt = 0; kt < BATCH_TILES; ++kt) load(kt, true);
-    } else {
-        for (int kt = 0; kt < BATCH_TILES; ++kt) load(kt, here && first + kt < k_tiles);
+    for (int kt = 0; kt < BATCH_TILES; ++kt) {
+        load(kt);
+        if (kt + 1 < left) weights += step;  // behind the last one x is 0
     }
-    if (lane < 8 * RUNS) {
-        const int run = lane / 8, group = GROUPED ? first / (GROUPED ? GROUP_TILES : 1) + run : 0;
-        const bool valid = here && group < a.groups;
-        const u8* p = a.scales + ((stack * a.groups + group) * a.N64 + s.tile) * 128 + lane % 8 * 16;
-        copy_async(to + SCALES_AT + lane * 16, valid ? p : a.scales, valid);
-    }
-    constexpr int PIECES = ASYM ? ZERO_BYTES / 16 : 1;
-    if (ASYM && lane >= 16 && lane - 16 < PIECES * RUNS) {
-        const int run = (lane - 16) / PIECES, group = GROUPED ? first / (GROUPED ? GROUP_TILES : 1) + run : 0;
-        const bool valid = here && group < a.groups;
-        const u8* p = a.zeros + ((stack * a.groups + group) * a.N64 + s.tile) * (8 * BITS) + (lane - 16) % PIECES * 16;
-        copy_async(to + ZEROS_AT + (lane - 16) * 16, valid ? p : a.zeros, valid);
-    }
-}
-
-// Scales and zero points of a run, of the outputs of this lane: (g, g + 8) x 4.
-struct Grid { Quad scales; u32 zeros[BITS / 4]; };
-
-DEVICE void read_grid(const u8* batch, int run, Grid& grid) {
-    const int g = threadIdx.x % 32 / 4;
-    const u8* scales = batch + SCALES_AT + run * 128;
-    if (GROUPED) {
-        grid.scales = *reinterpret_cast<const Quad*>(scales + g * 16);
-    } else {
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-            const u16* pair = reinterpret_cast<const u16*>(scales) + w / 2 * 32 + g / 2 * 8 + w % 2 * 4 + g % 2;
-            grid.scales.v[w] = pair[0] | u32(pair[2]) << 16;
+    for (int run = 0; run < RUNS; ++run) {
+        int group = GROUPED ? (first + run * RUN) / (GROUPED ? GROUP_TILES : 1) : 0;
+        if (group >= a.groups) group = a.groups - 1;
+        const u64 row = (stack * a.groups + group) * a.N64 + s.tile;
+        Grid& grid = to.grids[run];
+        if (GROUPED) {
+            grid.scales = load_early(reinterpret_cast<const Quad*>(a.scales + row * 128 + g * 16));
+        } else {
+            const u16* pairs = reinterpret_cast<const u16*>(a.scales + row * 128) + g / 2 * 8 + g % 2;
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                const u16* pair = pairs + w / 2 * 32 + w % 2 * 4;
+                grid.scales.v[w] = load_early(pair) | u32(load_early(pair + 2)) << 16;
+            }
         }
-    }
 #pragma unroll
-    for (int i = 0; i < BITS / 4; ++i)
-        grid.zeros[i] = !ASYM ? 0
-                              : *reinterpret_cast<const u32*>(batch + ZEROS_AT + run * ZERO_BYTES + g * BITS + 4 * i);
+        for (int i = 0; i < BITS / 4; ++i)
+            grid.zeros[i] = !ASYM ? 0 : load_early(reinterpret_cast<const u32*>(a.zeros + row * 8 * BITS + g * BITS) + i);
+    }
 }
 
 // This number in a register: an instruction has room for one constant, and the compiler would write it anew
@@ -142,60 +127,48 @@ DEVICE void read_grid(const u8* batch, int run, Grid& grid) {
 DEVICE u32 in_register(u32 constant) { return constant + threadIdx.z; }
 
 // x: of the lane, see x_of_lane. x_sums: of the runs of the batch, for the tokens of this lane (2 c, 2 c + 1), the
-// next run `runs_apart` further. factor: of the route; 0 where it counts nothing, whatever x is.
-DEVICE void multiply(u32 nibbles, const u8* batch, u32 x, const float* (&x_sums)[NT][2], int runs_apart, float factor,
+// next run a.M further. factor: of the route; 0 where it counts nothing, whatever x is.
+DEVICE void multiply(const Args& a, const Batch& batch, u32 nibbles, u32 x, const float* (&x_sums)[NT][2], float factor,
                      float (&sums)[4][NT][4]) {
-    const u8* weights = batch + threadIdx.x % 32 * 16 * WORDS;
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
-        Grid grid;
-        read_grid(batch, run, grid);
-        float part[4][NT][4];
+        const Grid& grid = batch.grids[run];
+        float part[4][NT][4], first[ASYM ? 4 : 1][NT][4];  // blocks of outputs share a zero point where symmetric
 #pragma unroll
         for (int t = 0; t < NT; ++t)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float x_sum = x_sums[t][i][run * runs_apart];
+                const float x_sum = x_sums[t][i][run * a.M];
 #pragma unroll
-                for (int w = 0; w < 4; ++w)
+                for (int w = 0; w < (ASYM ? 4 : 1); ++w)
 #pragma unroll
-                    for (int r = 0; r < 2; ++r) part[w][t][2 * r + i] = -raw_zero(grid.zeros, w, r) * x_sum;
+                    for (int r = 0; r < 2; ++r) first[w][t][2 * r + i] = -raw_zero(grid.zeros, w, r) * x_sum;
             }
-        // Not all of RUN at once: much code that runs once takes longer to fetch than to execute.
-#pragma unroll 1
-        for (int j = 0; j < RUN; j += 2) {
-            u32 b[2][NT][2];
+        u32 pair[4];
+#pragma unroll
+        for (int j = 0; j < RUN; ++j) {
+            const int kt = run * RUN + j;
+            u32 b[NT][2];
             if (NT == 1) {
-                u32 pair[4];
-                load_matrices(pair, x);
-                b[0][0][0] = pair[0], b[0][0][1] = pair[1];
-                b[1][0][0] = pair[2], b[1][0][1] = pair[3];
+                if (kt % 2 == 0) load_matrices(pair, x + kt * 32);
+                b[0][0] = pair[kt % 2 * 2], b[0][1] = pair[kt % 2 * 2 + 1];
             } else {
+                load_matrices(pair, x + kt * 32);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    u32 pair[4];
-                    load_matrices(pair, x + i * 32);
+                for (int t = 0; t < NT; ++t) b[t][0] = pair[2 * t], b[t][1] = pair[2 * t + 1];
+            }
 #pragma unroll
-                    for (int t = 0; t < NT; ++t) b[i][t][0] = pair[2 * t], b[i][t][1] = pair[2 * t + 1];
+            for (int w = 0; w < 4; ++w) {
+                u32 registers[4];
+                raw(registers, &batch.q[kt][w * WORDS / 4].v[w * WORDS % 4], nibbles);
+#pragma unroll
+                for (int t = 0; t < NT; ++t) {
+                    if (j == 0)
+                        mma(part[w][t], registers, b[t][0], b[t][1], first[ASYM ? w : 0][t]);
+                    else
+                        mma(part[w][t], registers, b[t][0], b[t][1]);
                 }
             }
-            Quad q[2][WORDS];
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int h = 0; h < WORDS; ++h)
-                    q[i][h] = *reinterpret_cast<const Quad*>(weights + i * TILE_BYTES + 16 * h);
-            x += 64;
-            weights += 2 * TILE_BYTES;
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int w = 0; w < 4; ++w) {
-                    u32 registers[4];
-                    raw(registers, &q[i][w * WORDS / 4].v[w * WORDS % 4], nibbles);
-#pragma unroll
-                    for (int t = 0; t < NT; ++t) mma(part[w][t], registers, b[i][t][0], b[i][t][1]);
-                }
         }
         if (FORM != PLAIN && factor == 0) continue;
 #pragma unroll
@@ -388,67 +361,66 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
     const int first = u64(a.units) * cluster / clusters, end = u64(a.units) * (cluster + 1) / clusters;
     const int batches = batches_of(a) * (FORM == SUMMED ? a.top_k : 1);
     const int begin_k = batches * rank / blocks, end_k = batches * (rank + 1) / blocks;
-    const u32 ring = a.rings_at + warp * RING_BYTES;
     const u32 nibbles = in_register(0x000f000fu);
 
     const int units = end - first, slots = units * HALVES, groups = WARPS / a.warps_k;
     const int part = warp % a.warps_k;
-    int begin = begin_k + (end_k - begin_k) * part / a.warps_k;
+    const int begin = begin_k + (end_k - begin_k) * part / a.warps_k;
     const int stop = begin_k + (end_k - begin_k) * (part + 1) / a.warps_k;
 
-    // The next batch to load, while there is one.
-    int next_slot = warp / a.warps_k < groups ? warp / a.warps_k : slots, next = begin;
-    Share loaded = share_of(a, first, next_slot);
-    auto load = [&](int at) {
-        if (next_slot < slots) {
-            load_batch(a, loaded, next, shared_address(shared) + ring + at);
-            if (++next == stop) {
-                next = begin;
-                next_slot += groups;
-                loaded = share_of(a, first, next_slot);
-            }
+    // What is loaded last, and what comes next: `count` batches in all.
+    int slot = warp / a.warps_k, next_slot = slot, next = begin;
+    int count = slot < groups && slot < slots ? (slots - slot + groups - 1) / groups * (stop - begin) : 0;
+    Share s = share_of(a, first, slot), next_share = s;
+    Batch loaded;
+    auto load = [&] {
+        load_batch(a, next_share, next, loaded);
+        if (++next == stop) {
+            next = begin;
+            next_slot += groups;
+            next_share = share_of(a, first, next_slot);
         }
-        copy_commit();
     };
-    int slot = next_slot;
-    if (begin == stop) next_slot = slots;
-#pragma unroll 1
-    for (int i = 0; i < RING; ++i) load(i * BATCH_BYTES);
+    if (count) load();
     if (FORM != GATED) wait_for_kernels_before();
     load_x(a, begin_k, end_k, shared);
     __syncthreads();
 
-    int at = 0;
+    float sums[4][NT][4] = {};
+    const float* x_sums[NT][2];
+    u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step, x_sums);
+    auto go_on = [&](int batches) {
+        x += batches * step;
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) x_sums[t][i] += batches * RUNS * a.M;
+    };
+    go_on(begin - begin_k);
 #pragma unroll 1
-    for (; slot < slots; slot += groups) {
-        const Share s = share_of(a, first, slot);
-        float sums[4][NT][4] = {};
-        const float* x_sums[NT][2];
-        u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step, x_sums);
-        const int runs_apart = a.M;
-        auto go_on = [&](int batches) {
-            x += batches * step;
+    for (int batch = begin; count > 0; --count) {
+        float factor = s.expert >= 0;
+        if (FORM == SUMMED) {
+            const int route = route_of(a, s, batch);
+            factor = expert_of(a, route) < 0 ? 0 : factor_of(a, route);
+        }
+        const Batch now = loaded;
+        if (count > 1) load();
+        multiply(a, now, nibbles, x, x_sums, factor, sums);
+        go_on(1);
+        if (++batch < stop) continue;
+        write_sums(a, slot, part, sums, shared);
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
 #pragma unroll
             for (int t = 0; t < NT; ++t)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) x_sums[t][i] += batches * RUNS * runs_apart;
-        };
+                for (int i = 0; i < 4; ++i) sums[w][t][i] = 0;
+        slot += groups;
+        s = share_of(a, first, slot);
+        batch = begin;
+        x = x_of_lane(a, s, end_k - begin_k, shared, step, x_sums);
         go_on(begin - begin_k);
-#pragma unroll 1
-        for (int batch = begin; batch < stop; ++batch, go_on(1)) {
-            float factor = s.expert >= 0;
-            if (FORM == SUMMED) {
-                const int route = route_of(a, s, batch);
-                factor = expert_of(a, route) < 0 ? 0 : factor_of(a, route);
-            }
-            copy_wait<RING - 1>();
-            __syncwarp();
-            multiply(nibbles, shared + ring + at, x, x_sums, runs_apart, factor, sums);
-            __syncwarp();
-            load(at);
-            at = at + BATCH_BYTES == RING_BYTES ? 0 : at + BATCH_BYTES;
-        }
-        write_sums(a, slot, part, sums, shared);
     }
     finish(a, first, units, shared);
 }

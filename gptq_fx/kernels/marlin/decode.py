@@ -10,11 +10,11 @@ from torch import Tensor
 
 from gptq_fx.kernels.marlin.gemm import ACTIVATIONS, MOST_CLUSTER, Weight
 from gptq_fx.kernels.marlin.launch import Function, device, pointer
-from gptq_fx.kernels.marlin.variants import BATCH, DECODE_TILES, GATED, PLAIN, SUMMED, DecodeVariant
+from gptq_fx.kernels.marlin.variants import DECODE_TILES, GATED, PLAIN, SUMMED, DecodeVariant
 
-ARGUMENTS = "9Q17i4x"
+ARGUMENTS = "9Q16i"
 MOST_ROWS = max(DECODE_TILES)
-X_AT, SUM_BYTES = 2 * BATCH, 4 * 68  # of the shared memory of decode.cu: where x is, and of the sums of a row
+SUM_BYTES = 4 * 68  # of the sums of a row in the shared memory of decode.cu
 # In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a block,
 # and a batch of a warp that has the next one to wait for.
 CLUSTER_OVERHEAD, LATENCY = 4, 5
@@ -24,82 +24,84 @@ CLUSTER_OVERHEAD, LATENCY = 4, 5
 class Plan:
     """How a launch cuts the work.
 
-    cluster: blocks that share units. clusters: how many. warps_k: warps of a block that share a unit. rings_at,
-    sums_at, received_at, shared: bytes in shared memory. capacity: of four sums, that a block receives from
-    another. time: of the busiest block, in batches.
+    cluster: blocks that share units. clusters: how many. warps_k: warps of a block that share a unit. sums_at,
+    received_at, shared: bytes in shared memory. capacity: of four sums, that a block receives from
+    another. time: of the busiest block, and of_warp: of the busiest warp, in batches.
     """
 
     cluster: int
     clusters: int
     warps_k: int
-    rings_at: int
     sums_at: int
     received_at: int
     shared: int
     capacity: int
     time: int
+    of_warp: int
+
+
+@dataclass(frozen=True)
+class Decode:
+    """The kernel, and what a plan must know of it. batch: features in a batch. runs: groups in a batch."""
+
+    function: Function
+    batch: int
+    runs: int
+
+    @property
+    def warps(self) -> int:
+        return self.function.threads // 32
 
 
 def _plan(
-    function: Function,
-    runs: int,
-    rings: int,
-    cluster: int,
-    warps_k: int,
-    units: int,
-    halves: int,
-    batches: int,
-    rows: int,
-    each: int,
+    decode: Decode, cluster: int, warps_k: int, units: int, halves: int, batches: int, rows: int, each: int
 ) -> Plan | None:
     """With clusters of so many blocks, and so many warps that share a unit; None where they do not fit."""
-    clusters = min(units, function.clusters(cluster))
+    clusters = min(units, decode.function.clusters(cluster))
     if not clusters:
         return None
     part, most = -(-batches // cluster), -(-units // clusters)
     slots = most * halves
-    of_warp = -(-slots // (function.threads // 32 // warps_k)) * -(-part // warps_k)
-    rings_at = X_AT + rows * (2 * BATCH * part + 16) + -(-4 * rows * part * runs // 16) * 16
-    sums_at = rings_at + rings
+    of_warp = -(-slots // (decode.warps // warps_k)) * -(-part // warps_k)
+    x_bytes = rows * (2 * decode.batch * part + 16) + -(-4 * rows * part * decode.runs // 16) * 16
+    sums_at = 2 * decode.batch + x_bytes
     received_at = sums_at + slots * warps_k * each * SUM_BYTES
     capacity = -(-16 * each * most // cluster)
     shared = received_at + 16 * capacity * halves * cluster * (cluster > 1)
-    if shared > function.shared:
+    if shared > decode.function.shared:
         return None
     time = max(slots * part, LATENCY * of_warp) + CLUSTER_OVERHEAD * (cluster > 1)
-    return Plan(cluster, clusters, warps_k, rings_at, sums_at, received_at, shared, capacity, time)
+    return Plan(cluster, clusters, warps_k, sums_at, received_at, shared, capacity, time, of_warp)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(
-    function: Function, runs: int, rings: int, units: int, halves: int, batches: int, rows: int, each: int
-) -> Plan | None:
+def plan(decode: Decode, units: int, halves: int, in_features: int, routes: int, rows: int, each: int) -> Plan | None:
     """The fastest, as far as that can be told; None where x does not fit shared memory.
 
-    runs: groups in a batch. rings: bytes of them. units of 64 outputs, halves times; batches of k; rows of x in shared memory; each: rows of a unit.
+    units of 64 outputs, halves times. in_features: of each of `routes` weights that are added up. rows of x in
+    shared memory; each: rows of a unit.
     """
-    sizes = range(1, min(MOST_CLUSTER, batches) + 1)
+    batches = -(-in_features // decode.batch) * routes
     plans = (
-        _plan(function, runs, rings, size, warps_k, units, halves, batches, rows, each)
-        for size in sizes
-        for warps_k in range(1, min(function.threads // 32, -(-batches // size)) + 1)
+        _plan(decode, cluster, warps_k, units, halves, batches, rows, each)
+        for cluster in range(1, min(MOST_CLUSTER, batches) + 1)
+        for warps_k in range(1, min(decode.warps, -(-batches // cluster)) + 1)
     )
-    return min((p for p in plans if p is not None), key=lambda p: (p.time, p.warps_k), default=None)
+    return min((p for p in plans if p is not None), key=lambda p: (p.time, p.of_warp), default=None)
 
 
 @functools.cache
 def decode_function(
     bits: int, bf16: bool, asym: bool, group_tiles: int, perm: bool, form: int, tokens: int, index: int
-) -> tuple[Function, int, int]:
-    """The kernel, the groups in a batch, and the bytes of the rings of a block."""
+) -> Decode:
     where, tile = device(index), DECODE_TILES[tokens]
     variant = DecodeVariant(bits, bf16, asym, group_tiles, perm, form, tile)
     shared = where.shared_per_block
     function = Function(variant.source(), "marlin_decode", where, tile.threads, shared, ARGUMENTS)
-    return function, variant.runs, variant.ring_bytes * tile.warps
+    return Decode(function, 16 * variant.batch_tiles, variant.runs)
 
 
-def _function(x: Tensor, w: Weight, form: int, tokens: int) -> tuple[Function, int, int]:
+def _kernel(x: Tensor, w: Weight, form: int, tokens: int) -> Decode:
     return decode_function(
         w.bits,
         x.dtype == torch.bfloat16,
@@ -113,7 +115,7 @@ def _function(x: Tensor, w: Weight, form: int, tokens: int) -> tuple[Function, i
 
 
 def _launch(
-    function: Function,
+    kernel: Decode,
     p: Plan,
     x: Tensor,
     w: Weight,
@@ -125,7 +127,7 @@ def _launch(
     routed: Tensor | None = None,
     activation: int = 0,
 ) -> None:
-    function(
+    kernel.function(
         p.cluster * p.clusters,
         1,
         x.data_ptr(),
@@ -145,7 +147,6 @@ def _launch(
         w.scales.shape[-2],
         units,
         p.warps_k,
-        p.rings_at,
         p.sums_at,
         p.received_at,
         p.capacity,
@@ -162,12 +163,12 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
     M = x.shape[0]
     if M > MOST_ROWS:
         return False
-    function = _function(x, w, PLAIN, next(tokens for tokens in DECODE_TILES if M <= tokens))
+    kernel = _kernel(x, w, PLAIN, next(tokens for tokens in DECODE_TILES if M <= tokens))
     units = w.scales.shape[-1] // 64
-    p = plan(*function, units, 1, -(-w.in_features // BATCH), M, M)
+    p = plan(kernel, units, 1, w.in_features, 1, M, M)
     if p is None:
         return False
-    _launch(function[0], p, x, w, bias, out, M, units)
+    _launch(kernel, p, x, w, bias, out, M, units)
     return True
 
 
@@ -182,14 +183,13 @@ def experts(
     T, k = ids.shape
     inner = gate_up.out_features // 2
     tiles = gate_up.scales.shape[-1] // 128, down.scales.shape[-1] // 64
-    batches = -(-gate_up.in_features // BATCH), -(-down.in_features // BATCH)
-    functions = _function(x, gate_up, GATED, 8), _function(x, down, SUMMED, 8)
-    first = plan(*functions[0], T * k * tiles[0], 2, batches[0], T, 1)
-    second = plan(*functions[1], T * tiles[1], 1, batches[1] * k, T, 1)
+    kernels = _kernel(x, gate_up, GATED, 8), _kernel(x, down, SUMMED, 8)
+    first = plan(kernels[0], T * k * tiles[0], 2, gate_up.in_features, 1, T, 1)
+    second = plan(kernels[1], T * tiles[1], 1, down.in_features, k, T, 1)
     if first is None or second is None:
         return False
     hidden = torch.empty(T * k, inner, dtype=x.dtype, device=x.device)
     kind = ACTIVATIONS.index(activation)
-    _launch(functions[0][0], first, x, gate_up, None, hidden, T, T * k * tiles[0], ids, None, kind)
-    _launch(functions[1][0], second, hidden, down, None, out, T, T * tiles[1], ids, routed)
+    _launch(kernels[0], first, x, gate_up, None, hidden, T, T * k * tiles[0], ids, None, kind)
+    _launch(kernels[1], second, hidden, down, None, out, T, T * tiles[1], ids, routed)
     return True

@@ -108,6 +108,20 @@ DEVICE Quad load_early(const Quad* p) {
     return q;
 }
 
+DEVICE u32 load_early(const u32* p) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+// What is read once in a launch, and never written.
+DEVICE Quad load_once(const Quad* p) {
+    Quad q;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3])
+                 : "l"(p));
+    return q;
+}
+
 // What another block wrote: past L1.
 DEVICE Float4 load_shared_between_blocks(const float* p) {
     Float4 f;

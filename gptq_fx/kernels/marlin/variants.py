@@ -199,16 +199,14 @@ def wgmma_operands(tokens: int) -> dict[str, int | str]:
 
 
 PLAIN, GATED, SUMMED = range(3)  # forms of decode.cu
-BATCH = 128  # features that a warp of decode.cu has in its registers
 
 
 @dataclass(frozen=True)
 class DecodeTile:
-    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16. ring_bytes: of all warps, at most."""
+    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16."""
 
     tokens: int
     warps: int
-    ring_bytes: int = 128 * 2**10
 
     @property
     def threads(self) -> int:
@@ -232,23 +230,14 @@ class DecodeVariant:
     tile: DecodeTile
 
     @property
+    def batch_tiles(self) -> int:
+        """Tiles of k that a warp has in its registers."""
+        return 32 // self.bits
+
+    @property
     def runs(self) -> int:
         """Groups in a batch."""
-        return max(BATCH // 16 // self.group_tiles, 1) if self.group_tiles else 1
-
-    @property
-    def batch_bytes(self) -> int:
-        """Of a ring: weights, scales, zero points."""
-        return BATCH * 8 * self.bits + self.runs * (128 + 8 * self.bits * self.asym)
-
-    @property
-    def ring(self) -> int:
-        """Batches in the ring of a warp."""
-        return self.tile.ring_bytes // self.tile.warps // self.batch_bytes
-
-    @property
-    def ring_bytes(self) -> int:
-        return self.ring * self.batch_bytes
+        return max(self.batch_tiles // self.group_tiles, 1) if self.group_tiles else 1
 
     def source(self) -> str:
         """The whole text for the compiler."""
@@ -257,8 +246,7 @@ class DecodeVariant:
             "FORM": self.form,
             "TOKENS": self.tile.tokens,
             "WARPS": self.tile.warps,
-            "RING": self.ring,
-            "RING_BYTES": self.ring_bytes,
+            "BATCH_TILES": self.batch_tiles,
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
         parts = ("ptx.cuh", "dequantize.cuh", "activation.cuh", "decode.cu")
