@@ -218,6 +218,7 @@ static u16 float_to_half(double d) {
 
 static inline void __syncthreads() { host::leave(host::AT_BLOCK); }
 static inline void __threadfence() {}
+static inline u32 __umulhi(u32 a, u32 b) { return u64(a) * b >> 32; }
 static inline void __syncwarp() { host::with_warp(nullptr, nullptr, [] {}); }
 static inline int atomicAdd(int* p, int v) {
     const int before = *p;

@@ -12,11 +12,11 @@
 // minus the zero point times the sum of x over the group.
 //
 // Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), PERM, TOKENS, WARPS,
-// BATCH_TILES (k tiles in a batch), and FORM:
+// BLOCKS (a multiprocessor, at least), BATCH_TILES (k tiles in a batch), and FORM:
 //   PLAIN   rows of x [M, K] and one weight.
 //   GATED   unit (r, n): row r of the routes, ids[r] its expert, x[r / top_k]; out = activation(gate) * up.
 //   SUMMED  unit (t, n): the sum over the routes r of token t of routed[r] * (x[r] W[ids[r]]^T), as one product
-//           over the k of all of them.
+//           over the k of all of them. K fills its batches, and x has no gaps.
 
 #define PLAIN 0
 #define GATED 1
@@ -32,9 +32,16 @@ struct Args {
     u16* out;            // [*, N], GATED: [*, N / 2]
     const void* ids;     // [*, top_k] experts; none where not in [0, num_experts)
     const void* routed;  // SUMMED: [*, top_k] weights
-    int M, N, K, N64, x_stride, groups, units, warps_k, sums_at, received_at, capacity;
+    int M, N, K, N64, x_stride, groups, sums_at, received_at, capacity;
     int num_experts, top_k, wide_ids, wide_routed, activation;
+    // What each has, the first `more` one more: units of a cluster, batches of a block.
+    int units_each, units_more, batches_each, batches_more;
+    int warps_k, warp_groups, spread;  // spread: warps that load a row of x, as a shift
+    u32 by_warps_k, by_rows, by_blocks, by_tiles, by_top_k, by_batches;  // for `divide`
 };
+
+// x / d, of which the caller gives 2^32 / d, rounded up; or 0 for 1. x * d is below 2^32.
+DEVICE int divide(int x, u32 inverse) { return inverse ? int(__umulhi(u32(x), inverse)) : x; }
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int NT = TOKENS / 8;
@@ -61,10 +68,8 @@ struct Share {
     int tile, row, expert;  // row: of x in shared memory. GATED: expert of the unit
 };
 
-DEVICE int batches_of(const Args& a) { return (a.K + BATCH - 1) / BATCH; }  // of one expert
-
 // SUMMED: the route that a batch belongs to.
-DEVICE int route_of(const Args& a, const Share& s, int batch) { return s.row * a.top_k + batch / batches_of(a); }
+DEVICE int route_of(const Args& a, const Share& s, int batch) { return s.row * a.top_k + divide(batch, a.by_batches); }
 
 // SUMMED: what the sum over a batch is multiplied with.
 DEVICE float factor_of(const Args& a, int route) {
@@ -84,7 +89,7 @@ DEVICE void load_batch(const Args& a, const Share& s, int batch, Batch& to) {
     int expert = s.expert;
     if (FORM == SUMMED) {
         expert = expert_of(a, route_of(a, s, batch));
-        batch %= batches_of(a);
+        batch -= divide(batch, a.by_batches) * (a.K / BATCH);
     }
     const u64 stack = FORM == PLAIN || expert < 0 ? 0 : expert;  // what counts nothing may be anything
     const int lane = threadIdx.x % 32, g = lane / 4, k_tiles = a.K / 16, first = batch * BATCH_TILES;
@@ -185,47 +190,54 @@ DEVICE void multiply(const Args& a, const Batch& batch, u32 nibbles, u32 x, cons
     }
 }
 
-// The part of each row of x that this block multiplies, batches [begin, end), and the sums of its runs: run r of
-// row m is behind the rows, at r * M + m. A thread takes 32 k at a time.
-DEVICE void load_x(const Args& a, int begin, int end, u8* shared) {
-    constexpr int PIECES = 4, EACH = BATCH / 32;  // pieces of 16 bytes; of a batch
-    const int of_row = (end - begin) * EACH, stride = of_row * 64 + 16, all = a.M * of_row;
+// The part of each row of x that this block multiplies, `batches` from `begin` on, and the sums of its runs: run r
+// of row m is behind the rows, at r * M + m. A warp takes 128 pieces of 16 bytes at a time.
+DEVICE void load_x(const Args& a, int begin, int batches, u8* shared) {
+    constexpr int RUN_LANES = RUN / 2;  // lanes that sum a run, 32 k each
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int pieces = batches * (BATCH / 8), stride = pieces * 16 + 16;
     float* x_sums = reinterpret_cast<float*>(shared + X_AT + a.M * stride);
-#pragma unroll 2
-    for (int at = threadIdx.x; at < all + int(threadIdx.x % 32); at += THREADS) {  // whole warps
-        const int i = at < all ? at : all - 1, row = i / of_row, place = i % of_row;
-        int batch = begin + place / EACH, from = row;
-        if (FORM == SUMMED) {
-            from = row * a.top_k + batch / batches_of(a);
-            batch %= batches_of(a);
-        }
-        const int k = batch * BATCH + place % EACH * 32;
-        const u16* source = reinterpret_cast<const u16*>(a.x) + u64(from) * a.x_stride;
-        Quad q[PIECES] = {};
+    const u64 row_stride = u64(a.x_stride) * (FORM == SUMMED ? a.top_k : 1);
+    const int first = (warp & ((1 << a.spread) - 1)) * 128;
+    auto each = [&](auto use) {
+        for (int row = warp >> a.spread; row < a.M; row += WARPS >> a.spread)
+            for (int piece = first; piece < pieces; piece += 128 << a.spread)
+                use(row, piece, shared + X_AT + row * stride + piece * 16);
+    };
+    each([&](int row, int piece, u8* to) {
+        const u16* from = reinterpret_cast<const u16*>(a.x) + row * row_stride;
 #pragma unroll
-        for (int p = 0; p < PIECES; ++p) {
-            if (k + 8 * p >= a.K) continue;
+        for (int j = 0; j < 4; ++j) {
+            const int mine = j * 32 + lane, k = begin * BATCH + (piece + mine) * 8;
+            if (piece + mine >= pieces) continue;
+            const bool valid = FORM == SUMMED || k < a.K;
 #if PERM
+            Quad q = {};
+            if (valid)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int* features = a.perm + k + 8 * p + 2 * j;
-                q[p].v[j] = source[features[0]] | u32(source[features[1]]) << 16;
-            }
+                for (int i = 0; i < 4; ++i) q.v[i] = from[a.perm[k + 2 * i]] | u32(from[a.perm[k + 2 * i + 1]]) << 16;
+            *reinterpret_cast<Quad*>(to + mine * 16) = q;
 #else
-            q[p] = load_early(reinterpret_cast<const Quad*>(source + k + 8 * p));
+            copy_async(shared_address(to + mine * 16), valid ? reinterpret_cast<const u8*>(from + k) : a.x, valid);
 #endif
         }
+    });
+    copy_commit();
+    copy_wait<0>();
+    __syncwarp();
+    each([&](int row, int piece, const u8* from) {
         float sum = 0;
+        if (piece + 4 * lane < pieces)
 #pragma unroll
-        for (int p = 0; p < PIECES; ++p) {
-            *reinterpret_cast<Quad*>(shared + X_AT + row * stride + place * 64 + p * 16) = q[p];
+            for (int j = 0; j < 4; ++j) {  // in an order without bank conflicts
+                const Quad q = *reinterpret_cast<const Quad*>(from + (4 * lane + (j + lane / 2) % 4) * 16);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sum += to_float(u16(q[p].v[j])) + to_float(u16(q[p].v[j] >> 16));
-        }
+                for (int i = 0; i < 4; ++i) sum += to_float(u16(q.v[i])) + to_float(u16(q.v[i] >> 16));
+            }
 #pragma unroll
-        for (int lanes = 1; lanes < RUN / 2; lanes *= 2) sum += from_lane_xor(sum, lanes);
-        if (place % (RUN / 2) == 0 && at < all) x_sums[place / (RUN / 2) * a.M + row] = sum;
-    }
+        for (int lanes = 1; lanes < RUN_LANES; lanes *= 2) sum += from_lane_xor(sum, lanes);
+        if (lane % RUN_LANES == 0 && piece + 4 * lane < pieces) x_sums[(piece / 4 + lane) / RUN_LANES * a.M + row] = sum;
+    });
 }
 
 // Where a lane finds the rows of x that it names to load_matrices, in the first of the block's batches; and the
@@ -271,14 +283,11 @@ DEVICE Float4 add(const Float4& a, const Float4& b) {
 
 // What a slot stands for, of a block whose first unit is `first`.
 DEVICE Share share_of(const Args& a, int first, int slot) {
-    Share s;
-    const int unit = first + slot / HALVES, half = slot % HALVES, tiles = a.N64 / HALVES;
-    if (unit >= a.units) return {};
-    const int row = unit / tiles;
-    s.tile = unit % tiles + half * tiles;
-    s.row = FORM == PLAIN ? 0 : FORM == GATED ? row / a.top_k : row;
-    s.expert = FORM == GATED ? expert_of(a, row) : 0;
-    return s;
+    const int unit = first + slot / HALVES, tiles = a.N64 / HALVES;
+    if (FORM == PLAIN) return {unit, 0, 0};
+    const int row = divide(unit, a.by_tiles), tile = unit - row * tiles + slot % HALVES * tiles;
+    if (FORM == SUMMED) return {tile, row, 0};
+    return {tile, divide(row, a.by_top_k), expert_of(a, row)};
 }
 
 // slot: of 64 outputs among those of the block; part: of its warps.
@@ -298,97 +307,113 @@ DEVICE void write_sums(const Args& a, int slot, int part, const float (&sums)[4]
         }
 }
 
-// Add up the warps and the blocks of the cluster, for `units` from `first` on, and write the outputs.
+// Add up the warps and the blocks of the cluster, for `units` from `first` on, and write the outputs. A line is 64
+// outputs of a row; the blocks of the cluster write them in turn.
 DEVICE void finish(const Args& a, int first, int units, u8* shared) {
-    const u32 blocks = cluster_size(), rank = cluster_rank();
-    const int rows = FORM == PLAIN ? a.M : 1;
-    const u32 all = units * rows * 16;  // of four outputs
-    const float* sums = reinterpret_cast<const float*>(shared + a.sums_at);
-    u8* received = shared + a.received_at;
-    auto add_warps = [&](u32 i, int half) {
-        const int unit = i / 16 / rows, row = i / 16 % rows;
-        const float* from = sums + ((unit * HALVES + half) * a.warps_k * rows + row) * SUM_STRIDE + i % 16 * 4;
+    const int blocks = cluster_size(), rank = cluster_rank(), rows = FORM == PLAIN ? a.M : 1;
+    const int lines = units * rows, place = threadIdx.x % 16;  // of four outputs in a line
+    constexpr int STEP = THREADS / 16;
+    const float* sums = reinterpret_cast<const float*>(shared + a.sums_at) + place * 4;
+    auto row_of = [&](int line, int& unit) {
+        unit = FORM == PLAIN ? divide(line, a.by_rows) : line;
+        return line - unit * rows;
+    };
+    auto add_warps = [&](int line, int half) {
+        int unit;
+        const int row = row_of(line, unit);
+        const float* from = sums + ((unit * HALVES + half) * a.warps_k * rows + row) * SUM_STRIDE;
         Float4 f = *reinterpret_cast<const Float4*>(from);
+#pragma unroll 4
         for (int w = 1; w < a.warps_k; ++w)
             f = add(f, *reinterpret_cast<const Float4*>(from + w * rows * SUM_STRIDE));
         return f;
     };
-    __syncthreads();
-    if (blocks > 1) {
-        cluster_wait();  // the others have begun
-        for (u32 i = threadIdx.x; i < all; i += THREADS) {
-            const u32 to = ((i + 1) * blocks - 1) / all;
-            const u32 place = (rank * HALVES) * a.capacity + i - all * to / blocks;
-#pragma unroll
-            for (int half = 0; half < HALVES; ++half)
-                store_in_cluster(shared_address(received) + (place + half * a.capacity) * 16, to,
-                                 add_warps(i, half));
-        }
-        cluster_arrive();
-        cluster_wait();
-    }
-    const u32 begin = all * rank / blocks, end = all * (rank + 1) / blocks;
-    for (u32 i = begin + threadIdx.x; i < end; i += THREADS) {
-        Float4 f[HALVES];
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half) {
-            if (blocks == 1) {
-                f[half] = add_warps(i, half);
-                continue;
-            }
-            const Float4* from = reinterpret_cast<const Float4*>(received) + half * a.capacity + i - begin;
-            f[half] = *from;
-            for (u32 b = 1; b < blocks; ++b) f[half] = add(f[half], from[b * HALVES * a.capacity]);
-        }
+    auto write = [&](int line, Float4 (&f)[HALVES]) {
         if (FORM == GATED)
 #pragma unroll
             for (int j = 0; j < 4; ++j) f[0].v[j] = activate(f[0].v[j], f[HALVES - 1].v[j], a.activation);
-        const int unit = first + i / 16 / rows, tiles = a.N64 / HALVES;
-        const int row = FORM == PLAIN ? i / 16 % rows : unit / tiles;
-        store(a, row, unit % tiles * 64 + i % 16 * 4, f[0]);
+        int unit, row = row_of(line, unit);
+        unit += first;
+        if (FORM != PLAIN) {
+            row = divide(unit, a.by_tiles);
+            unit -= row * (a.N64 / HALVES);
+        }
+        store(a, row, unit * 64 + place * 4, f[0]);
+    };
+    __syncthreads();
+    if (blocks == 1) {
+        for (int line = threadIdx.x / 16; line < lines; line += STEP) {
+            Float4 f[HALVES];
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) f[half] = add_warps(line, half);
+            write(line, f);
+        }
+        return;
+    }
+    const u32 received = shared_address(shared) + a.received_at + place * 16;
+    cluster_wait();  // the others have begun
+#pragma unroll 2
+    for (int line = threadIdx.x / 16; line < lines; line += STEP) {
+        const int nth = divide(line, a.by_blocks);
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half)
+            store_in_cluster(received + ((rank * HALVES + half) * a.capacity + nth) * 256, line - nth * blocks,
+                             add_warps(line, half));
+    }
+    cluster_arrive();
+    cluster_wait();
+    for (int nth = threadIdx.x / 16; nth * blocks + rank < lines; nth += STEP) {
+        Float4 f[HALVES];
+        const Float4* from = reinterpret_cast<const Float4*>(shared + a.received_at) + nth * 16 + place;
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+            f[half] = from[half * a.capacity * 16];
+#pragma unroll 2
+            for (int b = 1; b < blocks; ++b) f[half] = add(f[half], from[(b * HALVES + half) * a.capacity * 16]);
+        }
+        write(nth * blocks + rank, f);
     }
 }
 
-KERNEL(THREADS, 1) marlin_decode(const Args a) {
+KERNEL(THREADS, BLOCKS) marlin_decode(const Args a) {
     SHARED_MEMORY(shared);
-    const u32 blocks = cluster_size(), rank = cluster_rank();
+    const int blocks = cluster_size(), rank = cluster_rank(), cluster = blockIdx.y, warp = threadIdx.x / 32;
     if (blocks > 1) cluster_arrive();
     // What is read before the wait: weights; SUMMED: routes, which were complete before the kernel before began.
     if (FORM == GATED) wait_for_kernels_before();
     let_next_kernel_start();
-    for (int i = threadIdx.x; i < X_AT / 4; i += THREADS) reinterpret_cast<u32*>(shared)[i] = 0;
-    const int cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks, warp = threadIdx.x / 32;
-    const int first = u64(a.units) * cluster / clusters, end = u64(a.units) * (cluster + 1) / clusters;
-    const int batches = batches_of(a) * (FORM == SUMMED ? a.top_k : 1);
-    const int begin_k = batches * rank / blocks, end_k = batches * (rank + 1) / blocks;
-    const u32 nibbles = in_register(0x000f000fu);
+    auto smaller = [](int x, int y) { return x < y ? x : y; };
+    const int first = cluster * a.units_each + smaller(cluster, a.units_more);
+    const int units = a.units_each + (cluster < a.units_more), slots = units * HALVES;
+    const int begin_k = rank * a.batches_each + smaller(rank, a.batches_more);
+    const int batches = a.batches_each + (rank < a.batches_more);
+    const int group = divide(warp, a.by_warps_k), part = warp - group * a.warps_k;
+    const int begin = begin_k + divide(batches * part, a.by_warps_k);
+    const int stop = begin_k + divide(batches * (part + 1), a.by_warps_k);
 
-    const int units = end - first, slots = units * HALVES, groups = WARPS / a.warps_k;
-    const int part = warp % a.warps_k;
-    const int begin = begin_k + (end_k - begin_k) * part / a.warps_k;
-    const int stop = begin_k + (end_k - begin_k) * (part + 1) / a.warps_k;
-
-    // What is loaded last, and what comes next: `count` batches in all.
-    int slot = warp / a.warps_k, next_slot = slot, next = begin;
-    int count = slot < groups && slot < slots ? (slots - slot + groups - 1) / groups * (stop - begin) : 0;
-    Share s = share_of(a, first, slot), next_share = s;
+    // A slot is 64 outputs. What comes next, of what is loaded last:
+    int next_slot = group < a.warp_groups && begin < stop ? group : slots, next = begin;
+    Share next_share = share_of(a, first, next_slot < slots ? next_slot : 0), s = next_share;
     Batch loaded;
     auto load = [&] {
         load_batch(a, next_share, next, loaded);
         if (++next == stop) {
             next = begin;
-            next_slot += groups;
-            next_share = share_of(a, first, next_slot);
+            next_slot += a.warp_groups;
+            if (next_slot < slots) next_share = share_of(a, first, next_slot);
         }
     };
-    if (count) load();
+    int slot = next_slot;
+    if (slot < slots) load();
+    for (int i = threadIdx.x; i < X_AT / 4; i += THREADS) reinterpret_cast<u32*>(shared)[i] = 0;
     if (FORM != GATED) wait_for_kernels_before();
-    load_x(a, begin_k, end_k, shared);
+    load_x(a, begin_k, batches, shared);
     __syncthreads();
 
+    const u32 nibbles = in_register(0x000f000fu);
     float sums[4][NT][4] = {};
     const float* x_sums[NT][2];
-    u32 step, x = x_of_lane(a, s, end_k - begin_k, shared, step, x_sums);
+    u32 step, x = x_of_lane(a, s, batches, shared, step, x_sums);
     auto go_on = [&](int batches) {
         x += batches * step;
 #pragma unroll
@@ -398,28 +423,29 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
     };
     go_on(begin - begin_k);
 #pragma unroll 1
-    for (int batch = begin; count > 0; --count) {
+    for (int batch = begin; slot < slots;) {
         float factor = s.expert >= 0;
         if (FORM == SUMMED) {
             const int route = route_of(a, s, batch);
             factor = expert_of(a, route) < 0 ? 0 : factor_of(a, route);
         }
         const Batch now = loaded;
-        if (count > 1) load();
+        if (next_slot < slots) load();
         multiply(a, now, nibbles, x, x_sums, factor, sums);
         go_on(1);
         if (++batch < stop) continue;
         write_sums(a, slot, part, sums, shared);
+        slot += a.warp_groups;
+        if (slot >= slots) break;
 #pragma unroll
         for (int w = 0; w < 4; ++w)
 #pragma unroll
             for (int t = 0; t < NT; ++t)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sums[w][t][i] = 0;
-        slot += groups;
         s = share_of(a, first, slot);
         batch = begin;
-        x = x_of_lane(a, s, end_k - begin_k, shared, step, x_sums);
+        x = x_of_lane(a, s, batches, shared, step, x_sums);
         go_on(begin - begin_k);
     }
     finish(a, first, units, shared);

@@ -12,12 +12,12 @@ from gptq_fx.kernels.marlin.gemm import ACTIVATIONS, MOST_CLUSTER, Weight
 from gptq_fx.kernels.marlin.launch import Function, device, pointer
 from gptq_fx.kernels.marlin.variants import DECODE_TILES, GATED, PLAIN, SUMMED, DecodeVariant
 
-ARGUMENTS = "9Q16i"
+ARGUMENTS = "9Q21i6I4x"
 MOST_ROWS = max(DECODE_TILES)
 SUM_BYTES = 4 * 68  # of the sums of a row in the shared memory of decode.cu
-# In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a block,
-# and a batch of a warp that has the next one to wait for.
-CLUSTER_OVERHEAD, LATENCY = 4, 5
+# In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a block, a
+# batch of a warp that has the next one to wait for, and a batch of a row of x.
+CLUSTER_OVERHEAD, LATENCY, X_TIME = 4, 6, 0.04
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Plan:
     """How a launch cuts the work.
 
     cluster: blocks that share units. clusters: how many. warps_k: warps of a block that share a unit. sums_at,
-    received_at, shared: bytes in shared memory. capacity: of four sums, that a block receives from
-    another. time: of the busiest block, and of_warp: of the busiest warp, in batches.
+    received_at, shared: bytes in shared memory. capacity: rows of 64 sums that a block receives from another. time: of the busiest block, and of_warp: of the busiest warp, in batches.
     """
 
     cluster: int
@@ -36,7 +35,7 @@ class Plan:
     received_at: int
     shared: int
     capacity: int
-    time: int
+    time: float
     of_warp: int
 
 
@@ -66,11 +65,11 @@ def _plan(
     x_bytes = rows * (2 * decode.batch * part + 16) + -(-4 * rows * part * decode.runs // 16) * 16
     sums_at = 2 * decode.batch + x_bytes
     received_at = sums_at + slots * warps_k * each * SUM_BYTES
-    capacity = -(-16 * each * most // cluster)
-    shared = received_at + 16 * capacity * halves * cluster * (cluster > 1)
+    capacity = -(-each * most // cluster)
+    shared = received_at + 256 * capacity * halves * cluster * (cluster > 1)
     if shared > decode.function.shared:
         return None
-    time = max(slots * part, LATENCY * of_warp) + CLUSTER_OVERHEAD * (cluster > 1)
+    time = max(slots * part, LATENCY * of_warp) + CLUSTER_OVERHEAD * (cluster > 1) + X_TIME * rows * part
     return Plan(cluster, clusters, warps_k, sums_at, received_at, shared, capacity, time, of_warp)
 
 
@@ -123,13 +122,17 @@ def _launch(
     out: Tensor,
     rows: int,
     units: int,
+    routes: int = 1,
     ids: Tensor | None = None,
     routed: Tensor | None = None,
     activation: int = 0,
 ) -> None:
+    k, E = (1, 1) if ids is None else (ids.shape[1], w.packed.shape[0])
+    batches = -(-w.in_features // kernel.batch)
+    tiles = w.scales.shape[-1] // (64 if out.shape[1] == w.out_features else 128)
     kernel.function(
-        p.cluster * p.clusters,
-        1,
+        p.cluster,
+        p.clusters,
         x.data_ptr(),
         w.packed.data_ptr(),
         w.scales.data_ptr(),
@@ -145,17 +148,28 @@ def _launch(
         w.scales.shape[-1] // 64,
         x.stride(0),
         w.scales.shape[-2],
-        units,
-        p.warps_k,
         p.sums_at,
         p.received_at,
         p.capacity,
-        *((1, 1, 0) if ids is None else (w.packed.shape[0], ids.shape[1], int(ids.dtype == torch.int64))),
+        E,
+        k,
+        int(ids is not None and ids.dtype == torch.int64),
         int(routed is not None and routed.dtype == torch.float32),
         activation,
+        *divmod(units, p.clusters),
+        *divmod(batches * routes, p.cluster),
+        p.warps_k,
+        kernel.warps // p.warps_k,
+        max(kernel.warps // rows, 1).bit_length() - 1,
+        *map(_inverse, (p.warps_k, rows, p.cluster, tiles, k, batches)),
         cluster=p.cluster,
         shared=p.shared,
     )
+
+
+def _inverse(n: int) -> int:
+    """For `divide` of decode.cu."""
+    return -(-(2**32) // n) if n > 1 else 0
 
 
 def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
@@ -184,12 +198,14 @@ def experts(
     inner = gate_up.out_features // 2
     tiles = gate_up.scales.shape[-1] // 128, down.scales.shape[-1] // 64
     kernels = _kernel(x, gate_up, GATED, 8), _kernel(x, down, SUMMED, 8)
+    if down.in_features % kernels[1].batch or inner != down.in_features:
+        return False
     first = plan(kernels[0], T * k * tiles[0], 2, gate_up.in_features, 1, T, 1)
     second = plan(kernels[1], T * tiles[1], 1, down.in_features, k, T, 1)
     if first is None or second is None:
         return False
     hidden = torch.empty(T * k, inner, dtype=x.dtype, device=x.device)
     kind = ACTIVATIONS.index(activation)
-    _launch(kernels[0], first, x, gate_up, None, hidden, T, T * k * tiles[0], ids, None, kind)
-    _launch(kernels[1], second, hidden, down, None, out, T, T * tiles[1], ids, routed)
+    _launch(kernels[0], first, x, gate_up, None, hidden, T, T * k * tiles[0], 1, ids, None, kind)
+    _launch(kernels[1], second, hidden, down, None, out, T, T * tiles[1], k, ids, routed)
     return True

@@ -203,10 +203,11 @@ PLAIN, GATED, SUMMED = range(3)  # forms of decode.cu
 
 @dataclass(frozen=True)
 class DecodeTile:
-    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16."""
+    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16. warps: a power of two. blocks: as in Tile."""
 
     tokens: int
     warps: int
+    blocks: int = 1
 
     @property
     def threads(self) -> int:
@@ -246,6 +247,7 @@ class DecodeVariant:
             "FORM": self.form,
             "TOKENS": self.tile.tokens,
             "WARPS": self.tile.warps,
+            "BLOCKS": self.tile.blocks,
             "BATCH_TILES": self.batch_tiles,
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
