@@ -190,21 +190,23 @@ DEVICE void multiply(const Args& a, const Batch& batch, u32 nibbles, u32 x, cons
     }
 }
 
+// For what this warp loads of x: (row, piece), 128 pieces of 16 bytes at a time.
+template <class Use>
+DEVICE void for_each_part(const Args& a, int pieces, Use use) {
+    const int warp = threadIdx.x / 32, first = (warp & ((1 << a.spread) - 1)) * 128;
+    for (int row = warp >> a.spread; row < a.M; row += WARPS >> a.spread)
+        for (int piece = first; piece < pieces; piece += 128 << a.spread) use(row, piece);
+}
+
 // The part of each row of x that this block multiplies, `batches` from `begin` on, and the sums of its runs: run r
-// of row m is behind the rows, at r * M + m. A warp takes 128 pieces of 16 bytes at a time.
+// of row m is behind the rows, at r * M + m.
 DEVICE void load_x(const Args& a, int begin, int batches, u8* shared) {
     constexpr int RUN_LANES = RUN / 2;  // lanes that sum a run, 32 k each
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int pieces = batches * (BATCH / 8), stride = pieces * 16 + 16;
+    const int lane = threadIdx.x % 32, pieces = batches * (BATCH / 8), stride = pieces * 16 + 16;
     float* x_sums = reinterpret_cast<float*>(shared + X_AT + a.M * stride);
     const u64 row_stride = u64(a.x_stride) * (FORM == SUMMED ? a.top_k : 1);
-    const int first = (warp & ((1 << a.spread) - 1)) * 128;
-    auto each = [&](auto use) {
-        for (int row = warp >> a.spread; row < a.M; row += WARPS >> a.spread)
-            for (int piece = first; piece < pieces; piece += 128 << a.spread)
-                use(row, piece, shared + X_AT + row * stride + piece * 16);
-    };
-    each([&](int row, int piece, u8* to) {
+    for_each_part(a, pieces, [&](int row, int piece) {
+        u8* to = shared + X_AT + row * stride + piece * 16;
         const u16* from = reinterpret_cast<const u16*>(a.x) + row * row_stride;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -225,7 +227,8 @@ DEVICE void load_x(const Args& a, int begin, int batches, u8* shared) {
     copy_commit();
     copy_wait<0>();
     __syncwarp();
-    each([&](int row, int piece, const u8* from) {
+    for_each_part(a, pieces, [&](int row, int piece) {
+        const u8* from = shared + X_AT + row * stride + piece * 16;
         float sum = 0;
         if (piece + 4 * lane < pieces)
 #pragma unroll
