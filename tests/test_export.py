@@ -309,3 +309,15 @@ def test_a_package_of_aot_inductor(tmp_path: Path, dtype: torch.dtype, rows: int
         torch._inductor.aoti_compile_and_package(found, package_path=str(tmp_path / "a.pt2"))
     torch.save((x[:-1], dequantized(model, dtype=torch.float32)(x[:-1].float())), tmp_path / "io.pt")
     assert float(alone(PACKAGE, tmp_path, needs)) <= 2 * LINEAR[dtype]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_package_for_a_gpu(tmp_path: Path, rows: int) -> None:
+    model = MLP(256, 512).to("cuda", torch.bfloat16).requires_grad_(False)
+    x = torch.randn(rows, 256, dtype=torch.bfloat16, device="cuda")
+    found = quantize_exported(export(model, (x,), dynamic_shapes=({0: Dim.AUTO},)))
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(found, package_path=str(tmp_path / "a.pt2"))
+    torch.save((x[:-1], dequantized(model, dtype=torch.float32)(x[:-1].float())), tmp_path / "io.pt")
+    assert float(alone(PACKAGE, tmp_path, "ops")) <= 2 * BF16

@@ -140,7 +140,11 @@ VARIANTS = {
     "gptq_fx": Variant(with_gptq_fx, ours=True),
     "gptq_fx, grouped attention": Variant(with_gptq_fx, ours=True, grouped=True),
     "gptq_fx, lm_head 8 bits": Variant(functools.partial(with_gptq_fx, **LM_HEAD), ours=True, grouped=True),
+    "gptq_fx, humming": Variant(with_gptq_fx, ours=True, grouped=True, kernel="humming"),
     "gptq_fx, marlin": Variant(with_gptq_fx, ours=True, grouped=True, kernel="marlin"),
+    "gptq_fx, marlin, lm_head 8 bits": Variant(
+        functools.partial(with_gptq_fx, **LM_HEAD), ours=True, grouped=True, kernel="marlin"
+    ),
     "torchao int4": Variant(with_torchao),
 }
 

@@ -25,7 +25,7 @@ from gptq_fx.kernels.marlin.variants import Tile, Variant
 
 # The linears of one layer of Llama-3.1-8B, q/k/v and gate/up merged: (N, K).
 LAYER = {"o": (4096, 4096), "qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 L2_COLD = 288 * 2**20  # bytes of weights in a graph
 UPSTREAM = {1: 77.7, 16: 77.1, 64: 125, 128: 204}  # sums of Marlin of vLLM 0.33, NVIDIA H200, 2026-11-22
 MODELS = {"Qwen3-30B-A3B": (128, 8, 2048, 768), "Mixtral-8x7B": (8, 2, 4096, 14336)}  # E, k, H, I

@@ -1,7 +1,9 @@
-"""The Marlin kernels on a GPU: errors against fp32, the same bits at each run, CUDA graphs, experts."""
+"""The Marlin kernels on a GPU: errors against fp32, the same bits at each run, CUDA graphs, experts.
+
+Hundreds of variants are compiled: `pytest -m cuda -n 16` does so on as many cores.
+"""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tolerances import relative_error
 
 from gptq_fx import QuantizedWeight, Scheme
 from gptq_fx.kernels import LinearSpec, block
-from gptq_fx.kernels.marlin import MARLIN, gemm, launch, ops, variants
+from gptq_fx.kernels.marlin import MARLIN, gemm, ops
 
 pytestmark = pytest.mark.cuda
 LIMIT = 0.0025  # of the error against fp32; bf16's own rounding of the result makes 0.0017
@@ -18,20 +20,10 @@ GRIDS = list(itertools.product((4, 8), (128, 64, 32, -1), (True, False), (torch.
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled():
-    """Everything that will be asked for, by all cores at once."""
+def a_gpu():
     if reason := MARLIN.available():
         pytest.skip(reason)
     torch.backends.cuda.matmul.allow_tf32 = False
-    index = torch.cuda.current_device()
-    where = launch.device(index)
-
-    def build(variant):
-        stages, blocks = variant.fit(where.shared_per_multiprocessor, where.shared_per_block)
-        launch.nvrtc.compile(variant.source(stages, blocks), where.arch, "marlin_gemm")
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(build, variants.every()))
 
 
 def make(N, K, bits=4, size=128, sym=True, dtype=torch.bfloat16, desc_act=False, experts=None):
@@ -161,14 +153,16 @@ def test_linears_of_experts(rows, bits, desc_act):
 
 @pytest.mark.parametrize("activation", gemm.ACTIVATIONS)
 @pytest.mark.parametrize("T", [1, 2, 8, 64, 512, 2000])
-def test_a_block_of_experts(activation, T):
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_block_of_experts(activation, T, biased):
     E, H, inner, k = 16, 1024, 768, 4
     up_spec, up = make(2 * inner, H, experts=E)
     down_spec, down = make(H, inner, experts=E)
     x = torch.randn(T, H, device="cuda").bfloat16()
     ids = torch.rand(T, E + 1, device="cuda").topk(k).indices  # E: no expert
     weights = torch.rand(T, k, device="cuda")
-    biases = [torch.randn(E, n, device="cuda").bfloat16() for n in (2 * inner, H)]
+    added = [torch.randn(E, n, device="cuda").bfloat16() * biased for n in (2 * inner, H)]
+    biases = added if biased else [None, None]
     packs = [MARLIN.pack_all(w, s) for w, s in ((up, up_spec), (down, down_spec))]
     args = [list(MARLIN.op_args(s)) for s in (up_spec, down_spec)]
 
@@ -180,8 +174,8 @@ def test_a_block_of_experts(activation, T):
         x.float(),
         ids,
         weights,
-        lambda e, rows: rows @ W1[e].T + biases[0][e].float(),
-        lambda e, rows: rows @ W2[e].T + biases[1][e].float(),
+        lambda e, rows: rows @ W1[e].T + added[0][e].float(),
+        lambda e, rows: rows @ W2[e].T + added[1][e].float(),
         activation,
         E,
     )

@@ -12,7 +12,7 @@
 // minus the zero point times the sum of x over the group.
 //
 // Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), PERM, TOKENS, WARPS,
-// BLOCKS (a multiprocessor, at least), BATCH_TILES (k tiles in a batch), and FORM:
+// BATCH_TILES (k tiles in a batch), and FORM:
 //   PLAIN   rows of x [M, K] and one weight.
 //   GATED   unit (r, n): row r of the routes, ids[r] its expert, x[r / top_k]; out = activation(gate) * up.
 //   SUMMED  unit (t, n): the sum over the routes r of token t of routed[r] * (x[r] W[ids[r]]^T), as one product
@@ -378,7 +378,7 @@ DEVICE void finish(const Args& a, int first, int units, u8* shared) {
     }
 }
 
-KERNEL(THREADS, BLOCKS) marlin_decode(const Args a) {
+KERNEL(THREADS, 1) marlin_decode(const Args a) {
     SHARED_MEMORY(shared);
     const int blocks = cluster_size(), rank = cluster_rank(), cluster = blockIdx.y, warp = threadIdx.x / 32;
     if (blocks > 1) cluster_arrive();

@@ -10,10 +10,18 @@ from torch import Tensor
 
 from gptq_fx.kernels.marlin.gemm import ACTIVATIONS, MOST_CLUSTER, Weight
 from gptq_fx.kernels.marlin.launch import Function, device, pointer
-from gptq_fx.kernels.marlin.variants import DECODE_TILES, GATED, PLAIN, SUMMED, DecodeVariant
+from gptq_fx.kernels.marlin.variants import (
+    DECODE_TILES,
+    EXPERTS_TILE,
+    GATED,
+    PLAIN,
+    SUMMED,
+    DecodeTile,
+    DecodeVariant,
+)
 
 ARGUMENTS = "9Q21i6I4x"
-MOST_ROWS = max(DECODE_TILES)
+MOST_ROWS = DECODE_TILES[-1].tokens
 SUM_BYTES = 4 * 68  # of the sums of a row in the shared memory of decode.cu
 # In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a block, a
 # batch of a warp that has the next one to wait for, and a batch of a row of x.
@@ -91,16 +99,16 @@ def plan(decode: Decode, units: int, halves: int, in_features: int, routes: int,
 
 @functools.cache
 def decode_function(
-    bits: int, bf16: bool, asym: bool, group_tiles: int, perm: bool, form: int, tokens: int, index: int
+    bits: int, bf16: bool, asym: bool, group_tiles: int, perm: bool, form: int, tile: DecodeTile, index: int
 ) -> Decode:
-    where, tile = device(index), DECODE_TILES[tokens]
+    where = device(index)
     variant = DecodeVariant(bits, bf16, asym, group_tiles, perm, form, tile)
-    shared = where.shared_per_block
-    function = Function(variant.source(), "marlin_decode", where, tile.threads, shared, ARGUMENTS)
+    source, shared = variant.source(), where.shared_per_block
+    function = Function(source, "marlin_decode", where, tile.threads, shared, ARGUMENTS)
     return Decode(function, 16 * variant.batch_tiles, variant.runs)
 
 
-def _kernel(x: Tensor, w: Weight, form: int, tokens: int) -> Decode:
+def _kernel(x: Tensor, w: Weight, form: int, tile: DecodeTile) -> Decode:
     return decode_function(
         w.bits,
         x.dtype == torch.bfloat16,
@@ -108,7 +116,7 @@ def _kernel(x: Tensor, w: Weight, form: int, tokens: int) -> Decode:
         w.group_tiles,
         w.perm is not None,
         form,
-        tokens,
+        tile,
         x.get_device(),
     )
 
@@ -177,7 +185,7 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
     M = x.shape[0]
     if M > MOST_ROWS:
         return False
-    kernel = _kernel(x, w, PLAIN, next(tokens for tokens in DECODE_TILES if M <= tokens))
+    kernel = _kernel(x, w, PLAIN, next(tile for tile in DECODE_TILES if M <= tile.tokens))
     units = w.scales.shape[-1] // 64
     p = plan(kernel, units, 1, w.in_features, 1, M, M)
     if p is None:
@@ -197,7 +205,7 @@ def experts(
     T, k = ids.shape
     inner = gate_up.out_features // 2
     tiles = gate_up.scales.shape[-1] // 128, down.scales.shape[-1] // 64
-    kernels = _kernel(x, gate_up, GATED, 8), _kernel(x, down, SUMMED, 8)
+    kernels = _kernel(x, gate_up, GATED, EXPERTS_TILE), _kernel(x, down, SUMMED, EXPERTS_TILE)
     if down.in_features % kernels[1].batch or inner != down.in_features:
         return False
     first = plan(kernels[0], T * k * tiles[0], 2, gate_up.in_features, 1, T, 1)

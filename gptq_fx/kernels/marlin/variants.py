@@ -203,19 +203,19 @@ PLAIN, GATED, SUMMED = range(3)  # forms of decode.cu
 
 @dataclass(frozen=True)
 class DecodeTile:
-    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16. warps: a power of two. blocks: as in Tile."""
+    """How decode.cu uses a block of threads. tokens: rows of x, 8 or 16."""
 
     tokens: int
     warps: int
-    blocks: int = 1
 
     @property
     def threads(self) -> int:
         return 32 * self.warps
 
 
-# By tokens.
-DECODE_TILES = {8: DecodeTile(8, 8), 16: DecodeTile(16, 8)}
+# For up to so many rows of x; and for experts.
+DECODE_TILES = (DecodeTile(8, 8), DecodeTile(16, 8))
+EXPERTS_TILE = DecodeTile(8, 12)
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,6 @@ class DecodeVariant:
             "FORM": self.form,
             "TOKENS": self.tile.tokens,
             "WARPS": self.tile.warps,
-            "BLOCKS": self.tile.blocks,
             "BATCH_TILES": self.batch_tiles,
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
@@ -258,15 +257,14 @@ class DecodeVariant:
 def every_decode() -> Iterator[DecodeVariant]:
     """All variants of decode.cu that can be asked for."""
     flags = (False, True)
+    forms = [
+        *((False, PLAIN, tile) for tile in DECODE_TILES),
+        (True, PLAIN, DECODE_TILES[0]),
+        *((False, form, EXPERTS_TILE) for form in (GATED, SUMMED)),
+    ]
     for bits, bf16, asym, group_tiles in itertools.product(TILES, flags, flags, (0, 2, 4, 8)):
-        for tokens, perm, form in (
-            (8, False, PLAIN),
-            (8, True, PLAIN),
-            (16, False, PLAIN),
-            (8, False, GATED),
-            (8, False, SUMMED),
-        ):
-            yield DecodeVariant(bits, bf16, asym, group_tiles, perm, form, DECODE_TILES[tokens])
+        for perm, form, tile in forms:
+            yield DecodeVariant(bits, bf16, asym, group_tiles, perm, form, tile)
 
 
 # Rows of the largest tile that reads x in the order of act-order; one of a stack has no other way.
