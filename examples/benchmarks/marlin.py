@@ -1,6 +1,6 @@
 """Microseconds of the Marlin kernels on an NVIDIA GPU beside humming, aten's int4 and cuBLAS, in one run.
 
-    python examples/benchmarks/marlin.py [--only layer variants experts tiles] [--out results/marlin.md]
+    python examples/benchmarks/marlin.py [--only layer variants experts tiles] [--rows 1 16] [--out FILE]
 
 One CUDA graph holds one call for each copy of the weights, which are more than the L2 holds; the median of
 its replays, divided by the copies. Error: ||y - x W^T|| / ||x W^T|| against fp32.
@@ -125,45 +125,42 @@ def humming_or_nothing(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> 
 BACKENDS = {"marlin": marlin, "humming": humming_or_nothing, "int4pack": int4pack, "cublas": cublas}
 
 
-def layer_table() -> str:
-    """Each linear, and the sum of the layer."""
-    times: dict[tuple[str, str, int], float] = {}
-    errors: dict[str, float] = dict.fromkeys(BACKENDS, 0.0)
-    for name, (N, K) in LAYER.items():
-        spec, weight = make(N, K, Scheme(4, 128))
-        W = weight.dequantize(torch.float32)
-        for M, (backend, prepare) in itertools.product(ROWS, BACKENDS.items()):
-            x = torch.randn(M, K, device="cuda").bfloat16()
-            prepared = prepare(spec, weight, x)
-            if prepared is None:
-                continue
-            call, copies = prepared
-            expected = x.float() @ W.T
-            error = float((call(0).float() - expected).norm() / expected.norm())
-            errors[backend] = max(errors[backend], error)
-            times[backend, name, M] = measure(call, copies)
-            del prepared, call
+def layer_table(rows_of_x: Sequence[int] = ROWS, peers: Sequence[str] = tuple(BACKENDS)) -> str:
+    """Each linear, and the sum of the layer. A row is printed as soon as it is known."""
+    backends = {"marlin": marlin, **{name: BACKENDS[name] for name in BACKENDS if name in peers}}
+    made = {name: make(N, K, Scheme(4, 128)) for name, (N, K) in LAYER.items()}
+    errors: dict[str, float] = dict.fromkeys(backends, 0.0)
     rows = []
-    for M in ROWS:
-        sums = {
-            b: sum(times[b, name, M] for name in LAYER)
-            if all((b, name, M) in times for name in LAYER)
-            else None
-            for b in BACKENDS
-        }
-        own = sums["marlin"]
+    for M in rows_of_x:
+        times: dict[str, list[float]] = {backend: [] for backend in backends}
+        for spec, weight in made.values():
+            x = torch.randn(M, spec.in_features, device="cuda").bfloat16()
+            expected = x.float() @ weight.dequantize(torch.float32).T
+            for backend, prepare in backends.items():
+                prepared = prepare(spec, weight, x)
+                if prepared is None:
+                    continue
+                call, copies = prepared
+                error = float((call(0).float() - expected).norm() / expected.norm())
+                errors[backend] = max(errors[backend], error)
+                times[backend].append(measure(call, copies))
+                del prepared, call
+        sums = {b: sum(found) if len(found) == len(made) else None for b, found in times.items()}
+        own = sums.pop("marlin")
         assert own is not None
-        rows.append(
-            [
-                str(M),
-                *(f"{times['marlin', name, M]:.1f}" for name in LAYER),
-                *("" if sums[b] is None else f"{sums[b]:.1f}" for b in BACKENDS),
-                *("" if sums[b] is None else f"{sums[b] / own:.2f}" for b in list(BACKENDS)[1:]),
-                f"{UPSTREAM[M] / own:.2f}" if M in UPSTREAM else "",
-            ]
-        )
-    head = ["rows", *LAYER, *(f"sum {b}" for b in BACKENDS), *(f"{b}/marlin" for b in list(BACKENDS)[1:])]
-    text = table.markdown([*head, "upstream/marlin"], rows)
+        cells = [*(f"{t:.1f}" for t in times["marlin"]), f"{own:.1f}"]
+        cells += ["" if other is None else f"{other:.1f}" for other in sums.values()]
+        cells += ["" if other is None else f"{other / own:.2f}" for other in sums.values()]
+        if "humming" in times and len(times["humming"]) == len(made):
+            worst = max(t / h for t, h in zip(times["marlin"], times["humming"], strict=True))
+            cells.append(f"{worst:.2f}")
+        else:
+            cells.append("")
+        rows.append([str(M), *cells, f"{UPSTREAM[M] / own:.2f}" if M in UPSTREAM else ""])
+        print(" | ".join(rows[-1]), flush=True)
+    names = [b for b in backends if b != "marlin"]
+    head = ["rows", *LAYER, "sum marlin", *(f"sum {b}" for b in names), *(f"{b}/marlin" for b in names)]
+    text = table.markdown([*head, "worst marlin/humming of a linear", "upstream/marlin"], rows)
     return text + "\n\nlargest error: " + ", ".join(f"{b} {e:.4f}" for b, e in errors.items())
 
 
@@ -186,6 +183,7 @@ def variants_table() -> str:
                 spec, weight = make(N, K, scheme)
                 total += measure(*marlin(spec, weight, torch.randn(M, K, device="cuda").bfloat16()))
             sums[label, M] = total
+            print(label, M, f"{total:.1f}", flush=True)
     rows = [
         [label, *(f"{sums[label, M]:.1f} ({sums[label, M] / sums['base', M]:.2f})" for M in (1, 8, 16, 64))]
         for label in schemes
@@ -298,12 +296,16 @@ TABLES = {"layer": layer_table, "variants": variants_table, "experts": experts_t
 def main() -> None:
     parser = table.parser(__doc__ or "")
     parser.add_argument("--only", nargs="+", choices=list(TABLES), default=["layer", "variants", "experts"])
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=list(ROWS), help="of x, in the table of the layer"
+    )
+    parser.add_argument("--peers", nargs="+", choices=list(BACKENDS)[1:], default=list(BACKENDS)[1:])
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     text = table.conditions("Marlin kernels")
     print(text)
     for name in args.only:
-        part = TABLES[name]()
+        part = layer_table(args.rows, args.peers) if name == "layer" else TABLES[name]()
         print(f"\n{part}", flush=True)
         text += f"\n\n{part}"
         if args.out is not None:  # what is done is kept, whatever comes

@@ -27,13 +27,20 @@ COLUMNS = (
 )
 
 
-def row(variant: variants.Variant | variants.WideVariant, arch: str) -> tuple[str, int]:
+Compiled = variants.Variant | variants.WideVariant | variants.DecodeVariant
+FORMS = {variants.PLAIN: "decode", variants.GATED: "decode, gated", variants.SUMMED: "decode, summed"}
+
+
+def row(variant: Compiled, arch: str) -> tuple[str, int]:
     """One line of the table, and the bytes of spills."""
     per_multiprocessor, per_block, warps = MACHINES[arch]
     sizes = per_multiprocessor * 1024, per_block * 1024
     if isinstance(variant, variants.WideVariant):
         stages, kind, cut = variant.fit(*sizes), "wgmma", f"8, k{variant.tile.k_tiles}"
         log = nvrtc.resources(variant.source(stages), arch, "marlin_wide")
+    elif isinstance(variant, variants.DecodeVariant):
+        stages, kind, cut = 2, FORMS[variant.form] + ", act-order" * variant.perm, f"{variant.tile.warps}"
+        log = nvrtc.resources(variant.source(), arch, "marlin_decode")
     else:
         stages, blocks = variant.fit(*sizes)
         log = nvrtc.resources(variant.source(stages, blocks), arch, "marlin_gemm")
@@ -43,7 +50,9 @@ def row(variant: variants.Variant | variants.WideVariant, arch: str) -> tuple[st
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert used and spilled, log
     registers, spills = int(used[1]), int(spilled[1]) + int(spilled[2])
-    shared = variant.shared_bytes(stages)
+    # That of decode.cu depends on the call; its blocks have a multiprocessor for themselves.
+    decodes = isinstance(variant, variants.DecodeVariant)
+    shared = per_block * 1024 if decodes else variant.shared_bytes(stages)
     threads = variant.tile.threads
     resident = min(
         REGISTERS // (-(-registers // 8) * 8 * threads),
@@ -53,7 +62,8 @@ def row(variant: variants.Variant | variants.WideVariant, arch: str) -> tuple[st
     occupancy = resident * threads / (warps * 32)
     tile = variant.tile
     group = variant.group_tiles * 16 or "channel"
-    kind += "+moe" * variant.moe
+    if not decodes:
+        kind += "+moe" * variant.moe
     cells = [
         variant.bits,
         "bf16" if variant.bf16 else "fp16",
@@ -65,7 +75,7 @@ def row(variant: variants.Variant | variants.WideVariant, arch: str) -> tuple[st
         stages,
         registers,
         spills,
-        shared,
+        "of the call" if decodes else shared,
         resident,
         f"{occupancy:.0%}",
     ]
@@ -85,9 +95,11 @@ def main() -> None:
     print(line(COLUMNS))
     print(line(["---"] * len(COLUMNS)))
     total = 0
-    every: list[variants.Variant | variants.WideVariant] = list(variants.every())
+    every: list[Compiled] = list(variants.every())
     if args.arch == "sm_90a":
         every += variants.every_wide()
+    if int(args.arch[3:].rstrip("a")) >= 90:
+        every += variants.every_decode()
     for variant in every:
         if args.all or (variant.bf16 and variant.group_tiles == 8):
             text, spills = row(variant, args.arch)

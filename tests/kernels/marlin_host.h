@@ -104,10 +104,12 @@ static void fail(const char* what) {
 static void run_cluster(u32 seed) {
     std::mt19937 random(seed);
     const u32 threads = dim.x, all = threads * in_cluster, warps = all / 32;
-    fibers.clear();
-    fibers.resize(all);
+    if (fibers.size() != all) fibers.resize(all);  // stacks are kept: fresh memory costs more than what runs on it
     for (Fiber& f : fibers) {
-        f.stack.resize(256 * 1024);
+        std::vector<char> stack = std::move(f.stack);
+        f = Fiber();
+        f.stack = std::move(stack);
+        f.stack.resize(128 * 1024);
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.data();
         f.context.uc_stack.ss_size = f.stack.size();

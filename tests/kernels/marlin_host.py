@@ -51,6 +51,7 @@ class HostFunction:
 
     order = 0
     launches: list[str] = []  # noqa: RUF012
+    clusters_launched: set[int] = set()  # noqa: RUF012
 
     def __init__(self, source, name, where, threads, shared, arguments):
         self.library = build(source, name)
@@ -63,9 +64,12 @@ class HostFunction:
 
     def __call__(self, blocks, rows, *arguments, cluster=1, shared=None):
         HostFunction.launches.append(self.name)
+        HostFunction.clusters_launched.add(cluster)
         packed = self.pack(*arguments)
         buffer = ctypes.create_string_buffer(packed, len(packed))
-        self.library.run(buffer, blocks, rows, self.threads, shared or self.shared, cluster, HostFunction.order)
+        self.library.run(
+            buffer, blocks, rows, self.threads, shared or self.shared, cluster, HostFunction.order
+        )
 
 
 def text(name: str) -> str:

@@ -24,6 +24,9 @@ EVERY = list(variants.every())
 SAMPLE = EVERY[::41]
 EVERY_WIDE = list(variants.every_wide())
 WIDE_SAMPLE = EVERY_WIDE[::23]
+EVERY_DECODE = list(variants.every_decode())
+DECODE_SAMPLE = EVERY_DECODE[::13]
+WITH_CLUSTERS = ("sm_90a", "sm_100", "sm_120")
 
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
@@ -97,6 +100,31 @@ def test_a_sample_of_wgmma_compiles(compiler):
 def test_every_variant_of_wgmma_compiles(compiler):
     for variant in EVERY_WIDE:
         assert build_wide(variant).startswith(b"\x7fELF")
+
+
+def test_the_sample_of_decode_has_every_value_of_every_field():
+    for field in variants.DecodeVariant.__dataclass_fields__:
+        assert {getattr(v, field) for v in DECODE_SAMPLE} == {getattr(v, field) for v in EVERY_DECODE}, field
+
+
+@pytest.mark.parametrize("nth", range(len(WITH_CLUSTERS)), ids=list(WITH_CLUSTERS).__getitem__)
+def test_a_sample_of_decode_compiles(compiler, nth):
+    for variant in DECODE_SAMPLE[nth :: len(WITH_CLUSTERS)]:
+        assert nvrtc.compile(variant.source(), WITH_CLUSTERS[nth], "marlin_decode").startswith(b"\x7fELF")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", WITH_CLUSTERS)
+def test_every_variant_of_decode_compiles(compiler, arch):
+    for variant in EVERY_DECODE:
+        assert nvrtc.compile(variant.source(), arch, "marlin_decode").startswith(b"\x7fELF")
+
+
+def test_decode_spills_no_registers(compiler):
+    for variant in EVERY_DECODE:
+        if (variant.bits, variant.bf16, variant.asym, variant.group_tiles) == (4, True, False, 8):
+            log = nvrtc.resources(variant.source(), "sm_90a", "marlin_decode")
+            assert "0 bytes spill stores, 0 bytes spill loads" in log, variant
 
 
 @pytest.mark.parametrize("tile", variants.WIDE_TILES, ids=lambda tile: f"{tile.tokens} rows")

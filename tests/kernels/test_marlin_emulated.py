@@ -34,6 +34,7 @@ def host(monkeypatch):
     monkeypatch.setattr(variants, "text", text)
     monkeypatch.setattr(HostFunction, "order", 0)
     HostFunction.launches.clear()
+    HostFunction.clusters_launched.clear()
     for cached in CACHED:
         cached.cache_clear()
     yield
@@ -84,10 +85,13 @@ GRIDS = [
 ]
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["decode", "gemm"])
 @pytest.mark.parametrize(("bits", "size", "sym", "dtype"), GRIDS)
-def test_the_gemm(bits, size, sym, dtype):
+def test_a_few_rows(monkeypatch, bits, size, sym, dtype, older):
     """Several output tiles, split over blocks; widths and lengths that fill no tile."""
-    for M in (1, 8):
+    if older:
+        monkeypatch.setattr(gemm, "device", lambda index: OLDER)
+    for M in (1, 8) if older else (2, 11):
         check(
             *make(200, 672, bits, size, sym, dtype)
             if size == 96
@@ -96,10 +100,54 @@ def test_the_gemm(bits, size, sym, dtype):
         )
 
 
+@pytest.mark.parametrize("cluster", [1, 2, 3])
+@pytest.mark.parametrize("warps_k", [1, 3, 4])
+def test_decode_however_the_work_is_cut(monkeypatch, cluster, warps_k):
+    """Units one after the other, blocks and warps that share a unit; parts of unequal length."""
+    plan = decode._plan
+
+    def only(kernel, size, warps, *rest):
+        return plan(kernel, size, warps, *rest) if (size, warps) == (cluster, warps_k) else None
+
+    monkeypatch.setattr(decode, "_plan", only)
+    decode.plan.cache_clear()
+    check(*make(1000, 1792, sym=False), 3)
+    assert set(HostFunction.launches) == {"marlin_decode"}
+    assert HostFunction.clusters_launched == {cluster}
+    decode.plan.cache_clear()
+
+
+@pytest.mark.parametrize("units", [1, 16, 64, 96, 448, 2004])
+@pytest.mark.parametrize("in_features", [64, 256, 768, 1000, 2048, 4096, 14336])
+def test_no_warp_is_without_work(units, in_features):
+    """What it does not write is read."""
+    kernel = decode.decode_function(4, True, False, 8, False, variants.PLAIN, variants.DECODE_TILES[0], 0)
+    wide = replace(kernel, function=Resident(kernel.function))
+    p = decode.plan(wide, units, 1, in_features, 1, 4, 4)
+    assert p.warps_k <= -(-in_features // kernel.batch) // p.cluster
+    assert p.clusters <= units
+
+
+class Resident:
+    """A GPU of 132 multiprocessors, which holds fewer blocks of larger clusters."""
+
+    def __init__(self, function):
+        self.threads, self.shared = function.threads, function.shared
+
+    def clusters(self, size):
+        return [132, 66, 39, 30, 22, 17, 15, 15][size - 1]
+
+
+def test_x_that_fits_no_shared_memory_goes_to_the_gemm(monkeypatch):
+    monkeypatch.setattr(decode, "device", lambda index: replace(A_GPU, shared_per_block=4 * 1024))
+    check(*make(72, 1152), 8)
+    assert set(HostFunction.launches) == {"marlin_gemm"}
+
+
 @pytest.mark.parametrize(("M", "desc_act"), [(8, False), (2, True), (70, False)])
 def test_more_units_of_work_than_stages(monkeypatch, M, desc_act):
     """Two blocks of threads: each stage is filled again, through the ends of tiles."""
-    monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=1))
+    monkeypatch.setattr(gemm, "device", lambda index: replace(OLDER, multiprocessors=1))
     check(*make(328, 1152, 4, 128, False, desc_act=desc_act), M)
 
 
@@ -258,6 +306,32 @@ def test_a_block_of_experts(activation, T, biased):
     )
     assert relative_error(y, expected) <= 2 * LINEAR[torch.bfloat16]
     assert ("marlin_align" in HostFunction.launches) == (T > 1)
+
+
+@pytest.mark.parametrize(("activation", "sym"), [("silu", True), ("gelu_tanh", False)])
+@pytest.mark.parametrize("T", [1, 2])
+def test_few_routes_take_two_kernels(T, activation, sym):
+    E, H, inner, k = 16, 192, 256, 3
+    up_spec, up = make(2 * inner, H, size=32, sym=sym, experts=E)
+    down_spec, down = make(H, inner, sym=sym, experts=E)
+    x, ids = torch.randn(T, H).to(up_spec.dtype), torch.rand(T, E).topk(k).indices.int()
+    ids[-1, 0] = E  # no expert
+    weights = torch.rand(T, k).to(x.dtype if sym else torch.float32)
+    packs = [marlin.MARLIN.pack_all(w, s) for w, s in ((up, up_spec), (down, down_spec))]
+    args = [list(marlin.MARLIN.op_args(s)) for s in (up_spec, down_spec)]
+    y = ops.marlin_experts(x, ids, weights, *packs, None, None, activation, *args)
+    W1, W2 = up.dequantize(torch.float64), down.dequantize(torch.float64)
+    expected = block.run_block(
+        x.double(),
+        ids,
+        weights.double(),
+        lambda e, rows: rows @ W1[e].T,
+        lambda e, rows: rows @ W2[e].T,
+        activation,
+        E,
+    )
+    assert relative_error(y, expected) <= 2 * LINEAR[torch.bfloat16]
+    assert HostFunction.launches == ["marlin_decode"] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,7 +4,7 @@
     *.cu      the kernels; ptx.cuh and dequantize.cuh are part of each
     variants  what they are compiled for
     nvrtc     the compiler and its cache; launch: the driver
-    gemm      calls of the kernels; ops: the ops of torch
+    gemm      calls of the kernels; decode: for a few rows of x; ops: the ops of torch
 
 Codes of 2 and 3 bits are stored in 4, as q + 8 - 2^(bits-1), their zero points likewise.
 """

@@ -36,7 +36,7 @@ struct Args {
     int num_experts, top_k, wide_ids, wide_routed, activation;
     // What each has, the first `more` one more: units of a cluster, batches of a block.
     int units_each, units_more, batches_each, batches_more;
-    int warps_k, warp_groups, spread;  // spread: warps that load a row of x, as a shift
+    int warps_k, warp_groups, spread;  // no warp without a batch; spread: warps that load a row of x, as a shift
     u32 by_warps_k, by_rows, by_blocks, by_tiles, by_top_k, by_batches;  // for `divide`
 };
 

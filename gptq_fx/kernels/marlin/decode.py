@@ -23,8 +23,8 @@ from gptq_fx.kernels.marlin.variants import (
 ARGUMENTS = "9Q21i6I4x"
 MOST_ROWS = DECODE_TILES[-1].tokens
 SUM_BYTES = 4 * 68  # of the sums of a row in the shared memory of decode.cu
-# In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a block, a
-# batch of a warp that has the next one to wait for, and a batch of a row of x.
+# In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a
+# block, a batch of a warp that has the next one to wait for, and a batch of a row of x.
 CLUSTER_OVERHEAD, LATENCY, X_TIME = 4, 6, 0.04
 
 
@@ -32,8 +32,9 @@ CLUSTER_OVERHEAD, LATENCY, X_TIME = 4, 6, 0.04
 class Plan:
     """How a launch cuts the work.
 
-    cluster: blocks that share units. clusters: how many. warps_k: warps of a block that share a unit. sums_at,
-    received_at, shared: bytes in shared memory. capacity: rows of 64 sums that a block receives from another. time: of the busiest block, and of_warp: of the busiest warp, in batches.
+    cluster: blocks that share units. clusters: how many. warps_k: warps of a block that share a unit.
+    sums_at, received_at, shared: bytes in shared memory. capacity: rows of 64 sums that a block receives from
+    another. time: of the busiest block, and of_warp: of the busiest warp, in batches.
     """
 
     cluster: int
@@ -82,17 +83,19 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(decode: Decode, units: int, halves: int, in_features: int, routes: int, rows: int, each: int) -> Plan | None:
+def plan(
+    decode: Decode, units: int, halves: int, in_features: int, routes: int, rows: int, each: int
+) -> Plan | None:
     """The fastest, as far as that can be told; None where x does not fit shared memory.
 
-    units of 64 outputs, halves times. in_features: of each of `routes` weights that are added up. rows of x in
-    shared memory; each: rows of a unit.
+    units of 64 outputs, halves times. in_features: of each of `routes` weights that are added up. rows of x
+    in shared memory; each: rows of a unit.
     """
     batches = -(-in_features // decode.batch) * routes
     plans = (
         _plan(decode, cluster, warps_k, units, halves, batches, rows, each)
         for cluster in range(1, min(MOST_CLUSTER, batches) + 1)
-        for warps_k in range(1, min(decode.warps, -(-batches // cluster)) + 1)
+        for warps_k in range(1, min(decode.warps, batches // cluster) + 1)  # each has some
     )
     return min((p for p in plans if p is not None), key=lambda p: (p.time, p.of_warp), default=None)
 
@@ -185,7 +188,7 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
     M = x.shape[0]
     if M > MOST_ROWS:
         return False
-    kernel = _kernel(x, w, PLAIN, next(tile for tile in DECODE_TILES if M <= tile.tokens))
+    kernel = _kernel(x, w, PLAIN, next(tile for tile in DECODE_TILES if tile.tokens >= M))
     units = w.scales.shape[-1] // 64
     p = plan(kernel, units, 1, w.in_features, 1, M, M)
     if p is None:
