@@ -3,10 +3,10 @@
 // into registers, a batch of k tiles while it multiplies the one before, and the first ones before the kernels
 // before have ended. Nothing waits for another warp but for x, at the begin, and for the sum, at the end.
 //
-// One unit of work is 64 outputs (GATED: 64 of gate and the 64 of up). The blocks of a cluster share its
-// units, each with its batches of k; in a block, groups of warps_k warps take unit by unit, each warp its part of
-// those batches. Sums go to the shared memory of the block that writes those outputs, which adds them up in the order of the
-// warps and blocks: the same bits each time.
+// One unit of work is 64 outputs (GATED: 64 of gate and the 64 of up). The blocks of a cluster share its units,
+// each with its batches of k; in a block, groups of warps_k warps take unit by unit, each warp its part of those
+// batches. Sums go to the shared memory of the block that writes those outputs, which adds them up in the order
+// of the warps and blocks: the same bits each time.
 //
 // Codes are multiplied as `raw` numbers, cheap to make; the sum over a group begins with what is too much then:
 // minus the zero point times the sum of x over the group.
