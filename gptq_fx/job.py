@@ -126,8 +126,7 @@ class Job:
         return see
 
     def add(self, key: Key, index: int, rows: Rows, originals: Rows | None = None) -> None:
-        """Add what the linears of a stage take in batch `index` to their Hessians: those of one of the ranks that
-        run it."""
+        """Add what the linears of a stage take in batch `index` to their Hessians, on one of its ranks."""
         first = self.linears[key[0]]
         if key not in self.hessians:
             device = self.device or first.parameter.device

@@ -23,7 +23,6 @@ from gptq_fx.packed import PackedWeight
 from gptq_fx.parallel import gathered, is_split, part_of, run_local
 from gptq_fx.parameter import QuantizedParameter, as_parameter
 from gptq_fx.progress import progress as with_progress
-from gptq_fx.ranks import Ranks
 from gptq_fx.report import Report
 from gptq_fx.scheme import Scheme
 from gptq_fx.shard import cut
@@ -104,17 +103,6 @@ def quantize(
         )
     reached: dict[int, Linear] = {}
     phases = None
-    ranks = Ranks(process_group)
-    if calibration is not None and (holders := ranks_of(model)) is not None:
-        given = {"process_group": process_group, "resume_dir": resume_dir, "max_memory": max_memory}
-        found = ", ".join(name for name, value in given.items() if value is not None)
-        if found:
-            raise ConfigError(
-                f"{found}: the model is split between ranks, which share its calibration as they are. "
-                "Legal: without, or calibrate the whole model, save it, and load it with "
-                "from_pretrained(path, distributed_config=...)"
-            )
-        ranks = holders
     if calibration is not None:
         reached, phases = calibrate(
             model,
@@ -124,7 +112,7 @@ def quantize(
             progress=progress,
             resume_dir=resume_dir,
             max_memory=budget,
-            ranks=ranks,
+            ranks=ranks_of(model, process_group, resume_dir=resume_dir, max_memory=max_memory),
         )
     weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
@@ -346,6 +334,8 @@ def _report_others(
         else:
             if key in reached and reached[key].refused:
                 kind, reason = reached[key].kind, reached[key].decision.reason
+            elif reached and is_split(parameter):
+                reason = "split between ranks, in a module that is no linear and does not say how it lies"
             elif reached:
                 reason = "no calibration input reached it"
             owner, _, leaf = names[0].rpartition(".")

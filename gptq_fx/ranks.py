@@ -1,9 +1,10 @@
 """Calibration by several processes: who does what, and how it comes together.
 
-Each rank runs its share of the batches, where it has the whole model, or all of them, where it has a part, and
-adds its share to the Hessians; they are summed up over all ranks; each rank then solves some outputs of a weight, or some experts of a stack, and gets the others'. What a rank decides by, it has from a
-collective, which gives all ranks the same numbers: so they end with the same integers. Against one process
-only the order of sums in fp32 differs.
+Ranks that each hold the whole model run their share of the batches. Those that hold parts of one run all of
+them together, and one of them adds each batch to its Hessians. Hessians are summed up over all ranks; each
+rank then solves some outputs of a weight, or some experts of a stack, and gets the others'. What a rank
+decides by, it has from a collective, which gives all ranks the same numbers: so they end with the same
+integers. Against one process only the order of sums differs.
 """
 
 from __future__ import annotations

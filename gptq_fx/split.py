@@ -1,4 +1,4 @@
-"""Calibration of a model that transformers has split between ranks: what each of them runs, and what is whole.
+"""Calibration of a model that transformers has split: what each rank runs, and what is whole.
 
 All ranks run all batches, each with its own part of the weights, in place of the DTensors; the collectives
 are where transformers has them. The input of a weight that is split along its outputs is whole on every
@@ -8,7 +8,6 @@ solved: as of one process, but for the sums of transformers' own collectives. Ea
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_fx.errors import CalibrationError, WeightError
-from gptq_fx.parallel import LOCAL, is_split, part_of
+from gptq_fx.errors import CalibrationError, ConfigError, WeightError
+from gptq_fx.parallel import LOCAL, is_split, part_of, run_local
 from gptq_fx.ranks import Ranks
 from gptq_fx.shard import Part, Runs, length
 
@@ -52,10 +51,11 @@ class Split:
         return list(x.split(counts))
 
 
-def ranks_of(model: nn.Module) -> Ranks | None:
-    """The ranks that hold the parts of a model; None: it is whole.
+def ranks_of(model: nn.Module, process_group: Any = None, **settings: object) -> Ranks:
+    """The ranks that hold the parts of a model; those of `process_group`, or one alone, where it is whole.
 
-    Raises CalibrationError where something else than a tp_plan of transformers has split it.
+    settings: what is not legal for parts, but None.
+    Raises ConfigError, and CalibrationError where something else than a tp_plan has split the model.
     """
     meshes: list[Any] = []
     for name, weight in model.named_parameters():
@@ -68,7 +68,16 @@ def ranks_of(model: nn.Module) -> Ranks | None:
                     "from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
                 )
             meshes.append(mesh)
-    return Ranks(meshes[0].get_group(), parts=True) if meshes else None
+    if not meshes:
+        return Ranks(process_group)
+    settings["process_group"] = process_group
+    found = ", ".join(sorted(name for name, value in settings.items() if value is not None))
+    if found:
+        raise ConfigError(
+            f"{found}: the model is split between ranks, and these share its calibration. Legal: without; or "
+            "calibrate the whole model, save it, and load it with from_pretrained(distributed_config=...)"
+        )
+    return Ranks(meshes[0].get_group(), parts=True)
 
 
 @contextmanager
@@ -78,7 +87,7 @@ def local_parts(model: nn.Module, ranks: Ranks) -> Iterator[dict[int, Split]]:
 
     Raises WeightError on every rank where one would hold nothing.
     """
-    places = [place for place in _places(model) if is_split(getattr(place[1], place[2]))]
+    places = _places(model)
     with ranks.together():
         parts = {name: _part(getattr(module, leaf), turned, name) for name, module, leaf, turned in places}
     everyone = ranks.gather(parts)
@@ -94,28 +103,32 @@ def local_parts(model: nn.Module, ranks: Ranks) -> Iterator[dict[int, Split]]:
                 inputs = tuple(found[name].inputs for found in everyone)
                 cut = any(runs != ((0, K),) for runs in inputs)
                 splits[id(locals_[id(weight)])] = Split(weight, parts[name], inputs if cut else ())
-            before.append((module, leaf, weight, getattr(module, LOCAL, False)))
+            before.append((module, leaf, weight, LOCAL in module.__dict__))
             module._parameters[leaf] = locals_[id(weight)]
-            setattr(module, LOCAL, True)
+            run_local(module)
         yield splits
     finally:
-        for module, leaf, weight, local in reversed(before):
+        for module, leaf, weight, was_local in reversed(before):
             module._parameters[leaf] = weight
-            setattr(module, LOCAL, local)
+            if not was_local:
+                delattr(module, LOCAL)
 
 
 def _places(model: nn.Module) -> list[tuple[str, nn.Module, str, bool]]:
-    """(path, module, name in it, transposed) of the weights of linears, and of stacks of experts."""
+    """(path, module, name in it, transposed) of the DTensors of linears, and of stacks of experts.
+
+    A plan splits no Conv1D, whose in_features and out_features it would ask for.
+    """
     found: list[tuple[str, nn.Module, str, bool]] = []
-    utils = sys.modules.get("transformers.pytorch_utils")
-    conv1d: tuple[type, ...] = (utils.Conv1D,) if utils else ()
     for path, module in model.named_modules():
         stacks = getattr(module, "is_transposed", None)
         for leaf, weight in module.named_parameters(recurse=False):
-            if isinstance(module, (nn.Linear, *conv1d)) and leaf == "weight":
-                found.append((f"{path}.{leaf}", module, leaf, isinstance(module, conv1d)))
+            if not is_split(weight):
+                continue
+            if isinstance(module, nn.Linear) and leaf == "weight":
+                found.append((f"{path}.{leaf}", module, leaf, False))
             elif stacks is not None and weight.ndim == 3:
-                found.append((f"{path}.{leaf}", module, leaf, stacks))
+                found.append((f"{path}.{leaf}", module, leaf, bool(stacks)))
     return found
 
 
