@@ -65,7 +65,9 @@ def calibrate(
     with local_parts(model, ranks) as splits:
         job = Job(names_by_id(model), ranks.share(checked), config, device, progress, ranks, mover, splits)
         phases = _calibrate(model, job, resume_dir)
-    return {id(linear.whole): linear for linear in job.linears.values()}, phases
+    # A table that is split and tied was found as what it is (refused), and as the head that it is too.
+    found = sorted(job.linears.values(), key=lambda linear: not linear.refused)
+    return {id(linear.whole): linear for linear in found}, phases
 
 
 def _calibrate(model: nn.Module, job: Job, resume_dir: str | None) -> Phases:

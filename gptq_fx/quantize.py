@@ -334,8 +334,6 @@ def _report_others(
         else:
             if key in reached and reached[key].refused:
                 kind, reason = reached[key].kind, reached[key].decision.reason
-            elif reached and is_split(parameter):
-                reason = "split between ranks, in a module that is no linear and does not say how it lies"
             elif reached:
                 reason = "no calibration input reached it"
             owner, _, leaf = names[0].rpartition(".")

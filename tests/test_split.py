@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from models import MODELS, ids, logits, relative
+from models import EXPERTS, MODELS, ids, logits, relative
 from ranks import on_ranks, run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -70,13 +70,20 @@ def calibrated(folder: Path, settings: dict[str, Any]) -> tuple[float, bool, Ten
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("llama", CUT), ("llama", ACT_ORDER), ("llama", AT_ONCE), ("mixtral", CUT), ("mixtral", ACT_ORDER)],
-    ids=["llama", "llama in act-order", "llama all at once", "mixtral", "mixtral in act-order"],
+    [
+        ("llama", CUT),
+        ("llama", ACT_ORDER),
+        ("llama", AT_ONCE),
+        ("qwen3", CUT),
+        ("mixtral", CUT),
+        ("mixtral", ACT_ORDER),
+    ],
+    ids=["llama", "llama in act-order", "llama all at once", "tied", "mixtral", "mixtral in act-order"],
 )
 def test_the_integers_are_those_of_one_process(
     tmp_path: Path, name: str, settings: dict[str, Any], ranks: int
 ) -> None:
-    model = MODELS[name].build(**TINY)
+    model = MODELS[name].build(**TINY)  # qwen3 ties its head to the table, which is split too
     model.save_pretrained(tmp_path / "dense")
     report = gptq_fx.quantize(model, gptq_fx.GPTQConfig(**settings), batches(), progress=False)
     gptq_fx.save_pretrained(model, tmp_path / "gptq")
@@ -149,6 +156,20 @@ def test_what_is_refused_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         assert "lm_head: Inf among the activations" in inf
         assert "experts.gate_up_proj is split over DeviceMesh((ep=2)" in experts
         assert "lm_head.weight is split over" in owned and "Legal: by a tp_plan" in owned
+
+
+def left(folder: Path) -> dict[str, str]:
+    """What is left dense of a split model, and why."""
+    config = gptq_fx.GPTQConfig(group_size=32)
+    report = gptq_fx.quantize(split(folder), config, batches(), progress=False)
+    return {site.name: site.reason for site in report.sites if site.scheme is None}
+
+
+def test_stacks_whose_module_does_not_say_how_they_lie_stay_dense(tmp_path: Path) -> None:
+    EXPERTS["llama4"].build(**TINY).save_pretrained(tmp_path / "dense")
+    for reasons in on_ranks(2, left, tmp_path):
+        for leaf in ("gate_up_proj", "down_proj"):
+            assert "used by to_local" in reasons[f"model.layers.0.feed_forward.experts.{leaf}"]
 
 
 def failing(folder: Path) -> None:
