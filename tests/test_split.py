@@ -96,6 +96,22 @@ def test_the_integers_are_those_of_one_process(
         assert [loss for _, loss, _ in sites] == pytest.approx(losses, rel=0.02)
 
 
+def in_16_bits(folder: Path) -> Tensor:
+    model = split(folder)
+    gptq_fx.quantize(model, gptq_fx.GPTQConfig(group_size=32), batches(), progress=False)
+    return logits(model)
+
+
+def test_in_16_bits_the_error_is_that_of_one_process(tmp_path: Path) -> None:
+    """Codes are not: they follow the last bit of the sums that transformers makes over the ranks."""
+    model = MODELS["llama"].build(torch.bfloat16, **TINY)
+    model.save_pretrained(tmp_path / "dense")
+    dense = logits(model)
+    gptq_fx.quantize(model, gptq_fx.GPTQConfig(group_size=32), batches(), progress=False)
+    for found in on_ranks(2, in_16_bits, tmp_path):
+        assert relative(found, dense) == pytest.approx(relative(logits(model), dense), rel=0.1)
+
+
 def pieces(inputs: tuple[Runs, ...]) -> list[list[Tensor]]:
     rank, x = dist.get_rank(), torch.arange(30.0).view(3, 10)
     part = torch.cat([x[:, start:stop] for start, stop in inputs[rank]], 1)
