@@ -25,6 +25,7 @@ from gptq_fx.phases import Phases, measuring, phase, settle
 from gptq_fx.progress import bar
 from gptq_fx.ranks import ALONE, Ranks
 from gptq_fx.resume import Store
+from gptq_fx.split import local_parts
 from gptq_fx.streaming import Mover
 
 
@@ -49,7 +50,7 @@ def calibrate(
     resume_dir: where finished stages are kept, and taken from.
     max_memory: bytes of `device`, on which all is then computed: weights are copied there stage by stage, and
         activations are in host memory between stages.
-    ranks: the processes that share the work; each gets the whole model and all batches.
+    ranks: the processes that share the work; each gets the whole model, or its part, and all batches.
     Raises CalibrationError on batches that the model cannot take, WeightError on NaN or Inf in a weight,
     OutOfMemoryError, naming the stage.
     """
@@ -58,14 +59,22 @@ def calibrate(
     ranks.check_replicas(model, checked)
     progress = progress and ranks.rank == 0
     mover = None if max_memory is None or device is None else Mover(torch.device(device), max_memory)
-    job = Job(names_by_id(model), ranks.share(checked), config, device, progress, ranks, mover)
     if resume_dir is not None and not config.sequential:
         raise CalibrationError("resume_dir: without sequential there are no stages to resume from")
 
+    with local_parts(model, ranks) as splits:
+        job = Job(names_by_id(model), ranks.share(checked), config, device, progress, ranks, mover, splits)
+        phases = _calibrate(model, job, resume_dir)
+    # A table that is split and tied was found as what it is (refused), and as the head that it is too.
+    found = sorted(job.linears.values(), key=lambda linear: not linear.refused)
+    return {id(linear.whole): linear for linear in found}, phases
+
+
+def _calibrate(model: nn.Module, job: Job, resume_dir: str | None) -> Phases:
     def staged(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> StagedGraph:
         if gm not in job.graphs:
             graph, values = capture(gm, inputs)
-            job.graphs[gm] = job.stage(graph, make_plan(graph, values, config, root=model))
+            job.graphs[gm] = job.stage(graph, make_plan(graph, values, job.config, root=model))
         return job.graphs[gm]
 
     def observed(index: int, take: Take) -> None:
@@ -74,16 +83,17 @@ def calibrate(
 
         observe(model, (), job.batches[index], run)
 
-    phases = Phases(torch.device(device) if device is not None else next(model.parameters()).device)
+    device = job.device or next(model.parameters()).device
+    phases = Phases(torch.device(device))
     with for_calibration(model), measuring(phases):
-        if config.sequential:
-            with ranks.together():
+        if job.config.sequential:
+            with job.ranks.forward():
                 runs = record(model, job.batches, staged)
-            _in_sequence(job, runs, Store(resume_dir, model, config, job.batches))
+            _in_sequence(job, runs, Store(resume_dir, model, job.config, job.batches))
         else:
             _at_once(job, observed)
         settle()
-    return job.linears, phases
+    return phases
 
 
 def calibrate_graph(
@@ -129,7 +139,7 @@ def _in_sequence(job: Job, runs: Sequence[Run], store: Store) -> None:
                 if job.mover is not None:
                     job.mover.begin(job.need(key))
                 stored = store.load(number, linears)
-                with job.ranks.together():
+                with job.ranks.forward():
                     for run, original in zip(runs, originals, strict=True):
                         if key in stages[run.graph]:
                             _advance(job, run, original, stages[run.graph][key], dense)
@@ -238,7 +248,7 @@ class _Dequantized:
 
 def _at_once(job: Job, observed: Callable[[int, Take], None]) -> None:
     """Every linear is quantized on what the dense model makes of the batches, whatever graphs it has."""
-    with job.ranks.together(), bar(len(job.batches), "observing", show=job.progress) as shown:
+    with job.ranks.forward(), bar(len(job.batches), "observing", show=job.progress) as shown:
         for index in range(len(job.batches)):
 
             def take(key: Key, x: Rows, index: int = index) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from gptq_fx.gptq import Settings
 from gptq_fx.grid import check_finite
 from gptq_fx.hessian import Hessian, check
 from gptq_fx.linear import Linear
+from gptq_fx.parallel import gathered
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.passes import run as run_passes
 from gptq_fx.passes.calibrate import Run, Stage, StagedGraph, Tap
@@ -26,6 +27,7 @@ from gptq_fx.passes.retarget import retarget
 from gptq_fx.phases import phase
 from gptq_fx.ranks import ALONE, Ranks
 from gptq_fx.solve import solve, solve_experts, together
+from gptq_fx.split import Split
 from gptq_fx.streaming import Mover, Need, need
 
 # The linears of one stage, by the ids of their parameters: graphs of other shapes have the same.
@@ -48,6 +50,7 @@ class Job:
     progress: bool
     ranks: Ranks = ALONE
     mover: Mover | None = None
+    splits: Mapping[int, Split] = field(default_factory=dict)  # of parameters, by id
     linears: dict[int, Linear] = field(default_factory=dict)
     graphs: dict[fx.GraphModule, StagedGraph] = field(default_factory=dict)
     hessians: dict[Key, list[Hessian]] = field(default_factory=dict)
@@ -78,7 +81,10 @@ class Job:
         found = self.linears.get(id(weight))
         if found is None or (found.refused and not site.refusal):
             name, decision = self._name(site, weight), self._decide(site, weight)
-            found = Linear(weight, name, site.kind, site.transposed, decision, bool(site.refusal))
+            split = self.splits.get(id(weight))
+            found = Linear(
+                weight, name, site.kind, site.transposed, decision, bool(site.refusal), split=split
+            )
             self.linears[id(weight)] = found
         return found
 
@@ -89,12 +95,13 @@ class Job:
     def _decide(self, site: Site, weight: Tensor) -> Decision:
         if site.refusal:
             return Decision(None, None, site.refusal)
-        name = self._name(site, weight)
+        name, split = self._name(site, weight), self.splits.get(id(weight))
+        whole = weight if split is None else split.weight
         decision = decide(
-            weight, name, site.kind, self.config, transposed=site.transposed, explicit=True, calibrated=True
+            whole, name, site.kind, self.config, transposed=site.transposed, explicit=True, calibrated=True
         )
         if decision.scheme is not None and not isinstance(weight, QuantizedParameter):
-            check_finite(weight, name)
+            check_finite(gathered(whole), name)
         return decision
 
     def observe(self, run: Run, take: Take) -> Any:
@@ -112,20 +119,26 @@ class Job:
             if stage.shareable:
                 self.shareable.update(key)
             if key and call is not None:
-                take(key, valid_expert_rows(run, call, linears[0].dense.shape[0], batch))
+                take(key, valid_expert_rows(run, call, linears[0].shape[0], batch))
             elif key:
                 take(key, [valid_rows(run, x, batch)])
 
         return see
 
     def add(self, key: Key, index: int, rows: Rows, originals: Rows | None = None) -> None:
-        """Add what the linears of a stage take in batch `index` to their Hessians."""
+        """Add what the linears of a stage take in batch `index` to their Hessians, on one of its ranks."""
         first = self.linears[key[0]]
         if key not in self.hessians:
             device = self.device or first.parameter.device
-            self.hessians[key] = [Hessian(first.dense.shape[-1], device) for _ in rows]
-        if first.dense.ndim == 3:
+            self.hessians[key] = [Hessian(first.shape[-1], device) for _ in rows]
+        if len(first.shape) == 3:
             originals = None  # the dense model routes other tokens to the expert
+        adder, split = self.ranks.adder(index), first.split
+        if split is not None and split.inputs:
+            rows = split.whole(rows, self.ranks, adder)
+            originals = None if originals is None else split.whole(originals, self.ranks, adder)
+        if adder != self.ranks.rank:
+            return
         with phase("Hessian"):
             for i, (hessian, x) in enumerate(zip(self.hessians[key], rows, strict=True)):
                 if len(x):
@@ -134,7 +147,7 @@ class Job:
     def need(self, key: Key) -> Need:
         """Bytes of a stage on the device."""
         linears = [self.linears[i] for i in key]
-        shapes = [linear.dense.shape for linear in linears]
+        shapes = [linear.shape for linear in linears]
         _, N, K = (1, *shapes[0]) if len(shapes[0]) == 2 else shapes[0]
         return need(linears[0].name, shapes, together(N, K), bool(self.settings.gptaq))
 
@@ -151,7 +164,7 @@ class Job:
         for linear in linears:
             groups.setdefault((linear.scheme, linear.parameter.dtype), []).append(linear)
         for group in groups.values():
-            if group[0].dense.ndim == 3:
+            if len(group[0].shape) == 3:
                 share = bool(self.config.route_all) and key[0] in self.shareable
                 least = MIN_TOKENS if self.config.min_tokens is None else self.config.min_tokens
                 for linear in group:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gptq_fx.decide import Decision
+from gptq_fx.parallel import gathered
 from gptq_fx.parameter import QuantizedParameter
 from gptq_fx.scheme import Scheme
+from gptq_fx.split import Split
 from gptq_fx.weight import QuantizedWeight
 
 
@@ -29,9 +31,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight after GPTQ. error: ||W - Wq|| / ||W||. note: what the report should say of it."""
+    """A weight after GPTQ, or the part of it that this rank holds, and the scheme of that.
+
+    error: ||W - Wq|| / ||W|| of the whole. note: what the report should say of it.
+    """
 
     weight: QuantizedWeight
+    scheme: Scheme
     error: float
     measured: Measured
     note: str = ""
@@ -39,7 +45,10 @@ class Quantized:
 
 @dataclass(eq=False)
 class Linear:
-    """A weight of the model that is, or (refused) could be taken for, a linear's. name: of its site."""
+    """A weight of the model that is, or (refused) could be taken for, a linear's. name: of its site.
+
+    split: what the parameter is a part of, where ranks share the weight.
+    """
 
     parameter: Tensor
     name: str
@@ -48,6 +57,7 @@ class Linear:
     decision: Decision
     refused: bool = False
     quantized: Quantized | None = None
+    split: Split | None = None
 
     @property
     def scheme(self) -> Scheme | None:
@@ -60,7 +70,17 @@ class Linear:
         return dense and self.scheme is not None and self.quantized is None
 
     @property
-    def dense(self) -> Tensor:
+    def whole(self) -> Tensor:
+        """The parameter, or the DTensor that it is a part of."""
+        return self.parameter if self.split is None else self.split.weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
         """[N, K], or [E, N, K]"""
-        weight = self.parameter.detach()
+        *experts, N, K = self.whole.shape
+        return (*experts, K, N) if self.transposed else (*experts, N, K)
+
+    def dense(self) -> Tensor:
+        """[N, K], or [E, N, K]. Of a split weight all its ranks must ask together."""
+        weight = gathered(self.whole)
         return weight.mT if self.transposed else weight

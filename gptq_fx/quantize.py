@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gptq_fx.calibration import calibrate
 from gptq_fx.config import GPTQConfig
 from gptq_fx.decide import Decision, decide, leave_dense
-from gptq_fx.errors import CalibrationError, ConfigError
+from gptq_fx.errors import ConfigError
 from gptq_fx.experts import install
 from gptq_fx.grid import check_finite, relative_error, round_to_nearest
 from gptq_fx.linear import Linear, Quantized
@@ -23,10 +23,10 @@ from gptq_fx.packed import PackedWeight
 from gptq_fx.parallel import gathered, is_split, part_of, run_local
 from gptq_fx.parameter import QuantizedParameter, as_parameter
 from gptq_fx.progress import progress as with_progress
-from gptq_fx.ranks import Ranks
 from gptq_fx.report import Report
 from gptq_fx.scheme import Scheme
 from gptq_fx.shard import cut
+from gptq_fx.split import ranks_of
 from gptq_fx.streaming import parse_bytes
 
 
@@ -76,7 +76,8 @@ def quantize(
         modules that are one: nn.Linear and its subclasses, and transformers' Conv1D.
     device: where weights are solved; those of the model stay on their own.
     A model that transformers has split between ranks (tp_plan) is quantized by a call on every rank: each
-        weight is gathered, rounded and cut, so that its integers do not depend on the number of ranks.
+        weight is gathered, quantized and cut, so that its integers do not depend on the number of ranks, but
+        for sums in another order. With calibration all pass the same batches (gptq_fx/split.py).
     max_memory: bytes of `device` ("8GB"), for a model on the CPU that does not fit it: everything is computed
         there, with the weights of one stage and the activations of one batch at a time.
     progress: show a bar for what takes over two seconds.
@@ -102,11 +103,6 @@ def quantize(
         )
     reached: dict[int, Linear] = {}
     phases = None
-    if calibration is not None and any(map(is_split, model.parameters())):
-        raise CalibrationError(
-            "calibration: the model is split between ranks. Legal: calibration=None; or calibrate the whole "
-            "model, save it, and load it with from_pretrained(path, distributed_config=...)"
-        )
     if calibration is not None:
         reached, phases = calibrate(
             model,
@@ -116,7 +112,7 @@ def quantize(
             progress=progress,
             resume_dir=resume_dir,
             max_memory=budget,
-            ranks=Ranks(process_group),
+            ranks=ranks_of(model, process_group, resume_dir=resume_dir, max_memory=max_memory),
         )
     weights = [*_modules(model, config, reached), *_experts(model, config, reached), *_bare(model, reached)]
     chosen, report = [w for w in weights if w.chosen], Report()
@@ -229,7 +225,7 @@ def _calibrated_decision(linear: Linear) -> Decision:
         if linear.scheme is None or isinstance(linear.parameter, QuantizedParameter):
             return linear.decision
         return Decision(None, None, "the linears that share it do not want the same of it")
-    tokens, K = linear.quantized.measured.tokens, linear.dense.shape[-1]
+    tokens, K = linear.quantized.measured.tokens, linear.shape[-1]
     few = f"saw {tokens} tokens, fewer than its {K} input features" if tokens < K else ""
     reasons = [linear.quantized.note or few, linear.decision.reason]
     return replace(linear.decision, reason="; ".join(filter(None, reasons)))
@@ -301,7 +297,7 @@ def pack(
 ) -> PackedWeight:
     """A weight [*, N, K] ([*, K, N] if `transposed`) as calibration made it, or rounded to nearest."""
     if calibrated is not None:
-        return PackedWeight(calibrated.weight, scheme, calibrated.error)
+        return PackedWeight(calibrated.weight, calibrated.scheme, calibrated.error)
     with torch.no_grad():
         matrix = gathered(dense).to(device)
         matrix = matrix.mT if transposed else matrix

@@ -1,9 +1,10 @@
-"""Calibration by several processes that each hold the whole model: who does what, and how it comes together.
+"""Calibration by several processes: who does what, and how it comes together.
 
-Each rank runs its share of the batches; Hessians are summed up over all ranks; each rank then solves some
-outputs of a weight, or some experts of a stack, and gets the others'. What a rank decides by, it has from a
-collective, which gives all ranks the same numbers: so they end with the same integers. Against one process
-only the order of sums in fp32 differs.
+Ranks that each hold the whole model run their share of the batches. Those that hold parts of one run all of
+them together, and one of them adds each batch to its Hessians. Hessians are summed up over all ranks; each
+rank then solves some outputs of a weight, or some experts of a stack, and gets the others'. What a rank
+decides by, it has from a collective, which gives all ranks the same numbers: so they end with the same
+integers. Against one process only the order of sums differs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gptq_fx.errors import CalibrationError
 from gptq_fx.hessian import Hessian
@@ -27,9 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a group, of which this is number `rank`; one alone without a group."""
+    """The processes of a group, of which this is number `rank`; one alone without a group.
+
+    parts: each holds a part of one model, which they run together; otherwise each the whole of it.
+    """
 
     group: Any = None
+    parts: bool = False
 
     @property
     def rank(self) -> int:
@@ -40,8 +46,12 @@ class Ranks:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """The items of this rank, dealt out in turn."""
-        return list(items[self.rank :: self.size])
+        """The items that this rank runs, dealt out in turn, or all."""
+        return list(items) if self.parts else list(items[self.rank :: self.size])
+
+    def adder(self, index: int) -> int:
+        """The rank that adds to the Hessians what comes from the batch `index` of those it runs."""
+        return index % self.size if self.parts else self.rank
 
     def part(self, count: int) -> slice:
         """Which of `count` rows this rank works on: all of them, where there is not one for each rank."""
@@ -66,6 +76,13 @@ class Ranks:
     def join_list(self, rows: list[T], count: int) -> list[T]:
         """`join` for small values that are no tensors."""
         return rows if self.size == 1 or count < self.size else self.gather(rows, flat=True)
+
+    def collect(self, part: Tensor, widths: Sequence[int], to: int) -> list[Tensor]:
+        """The [tokens, widths[rank]] of all ranks, on rank `to`; nothing on the others."""
+        padded = functional.pad(part, (0, max(widths) - part.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in widths] if self.rank == to else None
+        dist.gather(padded, parts, dst=dist.get_global_rank(self.group, to), group=self.group)
+        return [p[:, :width] for p, width in zip(parts or (), widths, strict=bool(parts))]
 
     def reduce(self, hessians: Sequence[Hessian]) -> None:
         """Add up, in place, what all ranks have seen."""
@@ -110,6 +127,14 @@ class Ranks:
         if error is not None:
             raise error
 
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        """`together`, for what runs the model.
+
+        Where the model has collectives of its own, a rank that fails alone cannot tell those that wait in
+        one: it ends, and whoever started the ranks ends them.
+        """
+        return contextlib.nullcontext() if self.parts else self.together()
+
     def check_same(self, what: str, value: Any) -> None:
         """Raise CalibrationError on every rank where the ranks do not have the same."""
         values = self.gather(value)
@@ -118,13 +143,17 @@ class Ranks:
             raise CalibrationError(f"rank {other} has other {what} than rank 0. Legal: the same everywhere")
 
     def check_replicas(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Raise CalibrationError where ranks have other weights, other batches, or nothing to do."""
+        """Raise CalibrationError where ranks have other weights, other batches, or nothing to do.
+
+        Of parts of one model only the batches can be compared.
+        """
         if self.size == 1:
             return
         with self.together():
-            weights = {name: _checksum(t) for name, t in model.state_dict().items()}
+            state = {} if self.parts else model.state_dict()
+            weights = {name: _checksum(t) for name, t in state.items()}
             inputs = [{key: _checksum(value) for key, value in batch.items()} for batch in batches]
-            if len(batches) < self.size:
+            if len(batches) < self.size and not self.parts:
                 raise CalibrationError(
                     f"calibration: found {len(batches)} batches. Legal: one for each of {self.size} ranks"
                 )

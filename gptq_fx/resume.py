@@ -70,10 +70,10 @@ class Store:
             scheme = linear.scheme
             assert scheme is not None
             tensors = [kept.get(f"{linear.name}.{kind}") for kind in TENSORS]
-            weight = QuantizedWeight(scheme.bits, linear.dense.shape[-1], *tensors)  # type: ignore[arg-type]
+            weight = QuantizedWeight(scheme.bits, linear.shape[-1], *tensors)  # type: ignore[arg-type]
             error, note, *rest = measured[linear.name]
             weight = weight.to(linear.parameter.device)
-            linear.quantized = Quantized(weight, error, Measured(*rest), note)
+            linear.quantized = Quantized(weight, scheme, error, Measured(*rest), note)
         return True
 
     def save(self, number: int, linears: Sequence[Linear]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gptq_fx.errors import WeightError
 from gptq_fx.gptq import Result, Settings, gptq, gptq_stack
 from gptq_fx.grid import relative_error, round_to_nearest
 from gptq_fx.hessian import Hessian
@@ -16,6 +17,7 @@ from gptq_fx.linear import Linear, Measured, Quantized
 from gptq_fx.phases import phase
 from gptq_fx.ranks import ALONE, Ranks
 from gptq_fx.scheme import Scheme
+from gptq_fx.shard import cut
 from gptq_fx.weight import QuantizedWeight
 
 # fp32 numbers of one matrix [E, K, K] or [E, N, K]: so many experts are solved together.
@@ -36,7 +38,7 @@ def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings, ranks
     device, scheme = hessian.matrix.device, linears[0].scheme
     assert scheme is not None
     with phase("transfer"):
-        dense = [linear.dense.to(device) for linear in linears]
+        dense = [linear.dense().to(device) for linear in linears]
     rows = torch.cat(dense)
     solved = gptq(rows[ranks.part(len(rows))], hessian, scheme, settings, dense[0].dtype)
     solved = _joined(solved, ranks, len(rows))
@@ -52,7 +54,22 @@ def solve(linears: Sequence[Linear], hessian: Hessian, settings: Settings, ranks
             loss = float(solved.error[part].sum() / solved.energy[part].sum().clamp_min(1e-30))
             measured = Measured(loss, hessian.tokens, solved.damp, seconds)
             error = relative_error(W, weight)
-            linear.quantized = Quantized(weight.to(linear.parameter.device), error, measured)
+            linear.quantized = _kept(linear, weight, error, measured, ranks)
+
+
+def _kept(
+    linear: Linear, weight: QuantizedWeight, relative: float, measured: Measured, ranks: Ranks, note: str = ""
+) -> Quantized:
+    """The weight, or this rank's part of it, where the parameter is. Raises WeightError as `cut`."""
+    scheme = linear.scheme
+    assert scheme is not None
+    if linear.split is not None:
+        with ranks.together():
+            try:
+                weight, scheme = cut(weight, scheme, linear.split.part)
+            except WeightError as error:
+                raise WeightError(f"{linear.name}: {error}") from None
+    return Quantized(weight.to(linear.parameter.device), scheme, relative, measured, note)
 
 
 def _joined(solved: Result, ranks: Ranks, rows: int) -> Result:
@@ -85,21 +102,22 @@ def solve_experts(
     start = time.perf_counter()
     scheme, device = linear.scheme, hessians[0].matrix.device
     assert scheme is not None
-    E, N, K = linear.dense.shape
+    dense = linear.dense()
+    E, N, K = dense.shape
     tokens = [hessian.tokens for hessian in hessians]
     if share:
         hessians = [Hessian.sum(hessians)] * E
     seen = [e for e in range(E) if hessians[e].tokens >= least]
     starved = [e for e in range(E) if hessians[e].tokens < least]
     parts: dict[int, QuantizedWeight] = {
-        e: round_to_nearest(linear.dense[e], replace(scheme, desc_act=False), linear.name) for e in starved
+        e: round_to_nearest(dense[e], replace(scheme, desc_act=False), linear.name) for e in starved
     }
     mine, at_a_time = seen[ranks.part(len(seen))], together(N, K)
     stacks, measures = [], []
     for first in range(0, len(mine), at_a_time):
         some = mine[first : first + at_a_time]
         with phase("transfer"):
-            W = torch.stack([linear.dense[e].to(device) for e in some])
+            W = torch.stack([dense[e].to(device) for e in some])
         solved = _solve_stack(W, [hessians[e] for e in some], scheme, settings, share)
         with phase("pack"):
             codes, scales, zeros = solved.codes, solved.scales, solved.zeros
@@ -123,14 +141,14 @@ def solve_experts(
     with phase("pack"):
         stack = [_with_g_idx(parts[e]) if scheme.desc_act else parts[e] for e in range(E)]
         weight = QuantizedWeight.stack(stack)
-        relative = relative_error(linear.dense, weight)
+        relative = relative_error(dense, weight)
     seconds = time.perf_counter() - start
     measured = Measured(error / max(energy, 1e-30), sum(tokens), damp, seconds)
     note = ""
     if starved:
         named = ", ".join(map(str, starved))
         note = f"{len(starved)} of {E} experts saw fewer than {least} tokens: rounded: {named}"
-    linear.quantized = Quantized(weight, relative, measured, note)
+    linear.quantized = _kept(linear, weight, relative, measured, ranks, note)
 
 
 def _solve_stack(

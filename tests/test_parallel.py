@@ -80,8 +80,9 @@ def test_a_split_model_is_the_model_of_one_process(saved: tuple[Path, Tensor], r
 
 def refused(folder: Path) -> list[str]:
     model, errors = split(folder), []
-    with pytest.raises(gptq_fx.CalibrationError) as error:
-        gptq_fx.quantize(model, CONFIG, [{"input_ids": ids()}], progress=False)
+    with pytest.raises(gptq_fx.ConfigError) as error:
+        group = dist.group.WORLD
+        gptq_fx.quantize(model, CONFIG, [{"input_ids": ids()}], progress=False, process_group=group)
     errors.append(str(error.value))
     with pytest.raises(gptq_fx.ConfigError) as error:
         gptq_fx.from_pretrained(folder / "gptq", distributed_config={"fsdp_size": 2})
@@ -96,7 +97,7 @@ def test_what_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
     MODELS["llama"].build(intermediate_size=136).save_pretrained(tmp_path / "dense")
     gptq_fx.save_pretrained(_quantized(), tmp_path / "gptq")
     for calibrated, fsdp, cut in on_ranks(2, refused, tmp_path):
-        assert "distributed_config=" in calibrated
+        assert "process_group: the model is split" in calibrated and "distributed_config=" in calibrated
         assert "fsdp_size=2. Legal: tp_size" in fsdp
         assert "pieces of 4. Legal: a multiple of 8" in cut
 
