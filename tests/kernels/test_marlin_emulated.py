@@ -106,8 +106,8 @@ def test_decode_however_the_work_is_cut(monkeypatch, cluster, warps_k):
     """Units one after the other, blocks and warps that share a unit; parts of unequal length."""
     plan = decode._plan
 
-    def only(kernel, size, warps, *rest):
-        return plan(kernel, size, warps, *rest) if (size, warps) == (cluster, warps_k) else None
+    def only(kernel, work, size, warps):
+        return plan(kernel, work, size, warps) if (size, warps) == (cluster, warps_k) else None
 
     monkeypatch.setattr(decode, "_plan", only)
     decode.plan.cache_clear()
@@ -123,7 +123,7 @@ def test_no_warp_is_without_work(units, in_features):
     """What it does not write is read."""
     kernel = decode.decode_function(4, True, False, 8, False, variants.PLAIN, variants.DECODE_TILES[0], 0)
     wide = replace(kernel, function=Resident(kernel.function))
-    p = decode.plan(wide, units, 1, in_features, 1, 4, 4)
+    p = decode.plan(wide, decode.Work(units, 1, in_features, 1, 4, 4))
     assert p.warps_k <= -(-in_features // kernel.batch) // p.cluster
     assert p.clusters <= units
 
@@ -184,8 +184,18 @@ def test_experts_with_many_rows_by_wgmma(experts, rows):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_act_order(bits):
-    check(*make(72, 288, bits, 32, False, desc_act=True), 2)
+def test_act_order(monkeypatch, bits):
+    """By the kernel that multiplies, while the rows of x are few and fit; then by one of its own."""
+    spec, weight = make(72, 288, bits, 32, False, desc_act=True)
+    for M in (2, 5):
+        check(spec, weight, M)
+        assert set(HostFunction.launches) == {"marlin_decode"}
+    check(spec, weight, 12)
+    assert set(HostFunction.launches) == {"marlin_decode", "marlin_permute"}
+    HostFunction.launches.clear()
+    monkeypatch.setattr(gemm, "device", lambda index: OLDER)
+    check(spec, weight, 2)
+    assert set(HostFunction.launches) == {"marlin_gemm"}
 
 
 @pytest.mark.parametrize(("K", "dtype"), [(40, torch.float16), (1000, torch.bfloat16)])

@@ -32,7 +32,7 @@ struct Args {
     u16* out;            // [*, N], GATED: [*, N / 2]
     const void* ids;     // [*, top_k] experts; none where not in [0, num_experts)
     const void* routed;  // SUMMED: [*, top_k] weights
-    int M, N, K, N64, x_stride, groups, sums_at, received_at, capacity;
+    int M, N, K, N64, x_stride, groups, sums_at, received_at, capacity, staged_at;
     int num_experts, top_k, wide_ids, wide_routed, activation;
     // What each has, the first `more` one more: units of a cluster, batches of a block.
     int units_each, units_more, batches_each, batches_more;
@@ -205,22 +205,33 @@ DEVICE void load_x(const Args& a, int begin, int batches, u8* shared) {
     const int lane = threadIdx.x % 32, pieces = batches * (BATCH / 8), stride = pieces * 16 + 16;
     float* x_sums = reinterpret_cast<float*>(shared + X_AT + a.M * stride);
     const u64 row_stride = u64(a.x_stride) * (FORM == SUMMED ? a.top_k : 1);
+#if PERM
+    // Whole rows first: gathered from shared memory, they cost a few bank conflicts, from global memory a sector each.
+    for (int row = 0; row < a.M; ++row)
+        for (int piece = threadIdx.x; piece < a.K / 8; piece += THREADS)
+            copy_async(shared_address(shared) + a.staged_at + (row * a.K + piece * 8) * 2,
+                       a.x + (row * row_stride + piece * 8) * 2, true);
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+#endif
     for_each_part(a, pieces, [&](int row, int piece) {
         u8* to = shared + X_AT + row * stride + piece * 16;
-        const u16* from = reinterpret_cast<const u16*>(a.x) + row * row_stride;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int mine = j * 32 + lane, k = begin * BATCH + (piece + mine) * 8;
             if (piece + mine >= pieces) continue;
             const bool valid = FORM == SUMMED || k < a.K;
 #if PERM
+            const u16* from = reinterpret_cast<const u16*>(shared + a.staged_at) + row * a.K;
             Quad q = {};
             if (valid)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) q.v[i] = from[a.perm[k + 2 * i]] | u32(from[a.perm[k + 2 * i + 1]]) << 16;
             *reinterpret_cast<Quad*>(to + mine * 16) = q;
 #else
-            copy_async(shared_address(to + mine * 16), valid ? reinterpret_cast<const u8*>(from + k) : a.x, valid);
+            const u8* from = a.x + (row * row_stride + k) * 2;
+            copy_async(shared_address(to + mine * 16), valid ? from : a.x, valid);
 #endif
         }
     });

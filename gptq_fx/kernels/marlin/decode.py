@@ -20,8 +20,9 @@ from gptq_fx.kernels.marlin.variants import (
     DecodeVariant,
 )
 
-ARGUMENTS = "9Q21i6I4x"
+ARGUMENTS = "9Q22i6I"
 MOST_ROWS = DECODE_TILES[-1].tokens
+MOST_ORDERED_ROWS = 8  # of x that a block puts into act-order by itself
 SUM_BYTES = 4 * 68  # of the sums of a row in the shared memory of decode.cu
 # In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a
 # block, a batch of a warp that has the next one to wait for, and a batch of a row of x.
@@ -33,8 +34,8 @@ class Plan:
     """How a launch cuts the work.
 
     cluster: blocks that share units. clusters: how many. warps_k: warps of a block that share a unit.
-    sums_at, received_at, shared: bytes in shared memory. capacity: rows of 64 sums that a block receives from
-    another. time: of the busiest block, and of_warp: of the busiest warp, in batches.
+    sums_at, received_at, staged_at, shared: bytes in shared memory. capacity: rows of 64 sums that a block
+    receives from another. time: of the busiest block, and of_warp: of the busiest warp, in batches.
     """
 
     cluster: int
@@ -42,6 +43,7 @@ class Plan:
     warps_k: int
     sums_at: int
     received_at: int
+    staged_at: int
     shared: int
     capacity: int
     time: float
@@ -50,50 +52,63 @@ class Plan:
 
 @dataclass(frozen=True)
 class Decode:
-    """The kernel, and what a plan must know of it. batch: features in a batch. runs: groups in a batch."""
+    """The kernel, and what a plan must know of it. batch: features in a batch. runs: groups in a batch.
+    perm: it reads x in the order of a permutation.
+    """
 
     function: Function
     batch: int
     runs: int
+    perm: bool
 
     @property
     def warps(self) -> int:
         return self.function.threads // 32
 
+    def batches(self, work: Work) -> int:
+        return -(-work.in_features // self.batch) * work.routes
 
-def _plan(
-    decode: Decode, cluster: int, warps_k: int, units: int, halves: int, batches: int, rows: int, each: int
-) -> Plan | None:
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for. units of 64 outputs, halves times. in_features: of each of `routes` weights that are
+    added up. rows: of x in shared memory. each: rows of a unit.
+    """
+
+    units: int
+    halves: int
+    in_features: int
+    routes: int
+    rows: int
+    each: int
+
+
+def _plan(decode: Decode, work: Work, cluster: int, warps_k: int) -> Plan | None:
     """With clusters of so many blocks, and so many warps that share a unit; None where they do not fit."""
-    clusters = min(units, decode.function.clusters(cluster))
+    clusters = min(work.units, decode.function.clusters(cluster))
     if not clusters:
         return None
-    part, most = -(-batches // cluster), -(-units // clusters)
-    slots = most * halves
+    part, most = -(-decode.batches(work) // cluster), -(-work.units // clusters)
+    slots, rows = most * work.halves, work.rows
     of_warp = -(-slots // (decode.warps // warps_k)) * -(-part // warps_k)
     x_bytes = rows * (2 * decode.batch * part + 16) + -(-4 * rows * part * decode.runs // 16) * 16
     sums_at = 2 * decode.batch + x_bytes
-    received_at = sums_at + slots * warps_k * each * SUM_BYTES
-    capacity = -(-each * most // cluster)
-    shared = received_at + 256 * capacity * halves * cluster * (cluster > 1)
+    received_at = sums_at + slots * warps_k * work.each * SUM_BYTES
+    capacity = -(-work.each * most // cluster)
+    staged_at = received_at + 256 * capacity * work.halves * cluster * (cluster > 1)
+    shared = staged_at + 2 * rows * work.in_features * decode.perm
     if shared > decode.function.shared:
         return None
     time = max(slots * part, LATENCY * of_warp) + CLUSTER_OVERHEAD * (cluster > 1) + X_TIME * rows * part
-    return Plan(cluster, clusters, warps_k, sums_at, received_at, shared, capacity, time, of_warp)
+    return Plan(cluster, clusters, warps_k, sums_at, received_at, staged_at, shared, capacity, time, of_warp)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(
-    decode: Decode, units: int, halves: int, in_features: int, routes: int, rows: int, each: int
-) -> Plan | None:
-    """The fastest, as far as that can be told; None where x does not fit shared memory.
-
-    units of 64 outputs, halves times. in_features: of each of `routes` weights that are added up. rows of x
-    in shared memory; each: rows of a unit.
-    """
-    batches = -(-in_features // decode.batch) * routes
+def plan(decode: Decode, work: Work) -> Plan | None:
+    """The fastest, as far as that can be told; None where x does not fit shared memory."""
+    batches = decode.batches(work)
     plans = (
-        _plan(decode, cluster, warps_k, units, halves, batches, rows, each)
+        _plan(decode, work, cluster, warps_k)
         for cluster in range(1, min(MOST_CLUSTER, batches) + 1)
         for warps_k in range(1, min(decode.warps, batches // cluster) + 1)  # each has some
     )
@@ -108,7 +123,7 @@ def decode_function(
     variant = DecodeVariant(bits, bf16, asym, group_tiles, perm, form, tile)
     source, shared = variant.source(), where.shared_per_block
     function = Function(source, "marlin_decode", where, tile.threads, shared, ARGUMENTS)
-    return Decode(function, 16 * variant.batch_tiles, variant.runs)
+    return Decode(function, 16 * variant.batch_tiles, variant.runs, perm)
 
 
 def _kernel(x: Tensor, w: Weight, form: int, tile: DecodeTile) -> Decode:
@@ -126,21 +141,18 @@ def _kernel(x: Tensor, w: Weight, form: int, tile: DecodeTile) -> Decode:
 
 def _launch(
     kernel: Decode,
+    work: Work,
     p: Plan,
     x: Tensor,
     w: Weight,
     bias: Tensor | None,
     out: Tensor,
-    rows: int,
-    units: int,
-    routes: int = 1,
     ids: Tensor | None = None,
     routed: Tensor | None = None,
     activation: int = 0,
 ) -> None:
     k, E = (1, 1) if ids is None else (ids.shape[1], w.packed.shape[0])
-    batches = -(-w.in_features // kernel.batch)
-    tiles = w.scales.shape[-1] // (64 if out.shape[1] == w.out_features else 128)
+    N64 = w.scales.shape[-1] // 64
     kernel.function(
         p.cluster,
         p.clusters,
@@ -153,26 +165,30 @@ def _launch(
         out.data_ptr(),
         pointer(ids),
         pointer(routed),
-        rows,
+        work.rows,
         w.out_features,
         w.in_features,
-        w.scales.shape[-1] // 64,
+        N64,
         x.stride(0),
         w.scales.shape[-2],
         p.sums_at,
         p.received_at,
         p.capacity,
+        p.staged_at,
         E,
         k,
         int(ids is not None and ids.dtype == torch.int64),
         int(routed is not None and routed.dtype == torch.float32),
         activation,
-        *divmod(units, p.clusters),
-        *divmod(batches * routes, p.cluster),
+        *divmod(work.units, p.clusters),
+        *divmod(kernel.batches(work), p.cluster),
         p.warps_k,
         kernel.warps // p.warps_k,
-        max(kernel.warps // rows, 1).bit_length() - 1,
-        *map(_inverse, (p.warps_k, rows, p.cluster, tiles, k, batches)),
+        max(kernel.warps // work.rows, 1).bit_length() - 1,
+        *map(
+            _inverse,
+            (p.warps_k, work.rows, p.cluster, N64 // work.halves, k, kernel.batches(work) // work.routes),
+        ),
         cluster=p.cluster,
         shared=p.shared,
     )
@@ -185,15 +201,15 @@ def _inverse(n: int) -> int:
 
 def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
     """out [M, N] = x W^T + bias of the rows of x [M, K] (see `gemm.usable`); False where they do not fit."""
-    M = x.shape[0]
-    if M > MOST_ROWS:
+    rows = x.shape[0]
+    if rows > (MOST_ROWS if w.perm is None else MOST_ORDERED_ROWS):
         return False
-    kernel = _kernel(x, w, PLAIN, next(tile for tile in DECODE_TILES if tile.tokens >= M))
-    units = w.scales.shape[-1] // 64
-    p = plan(kernel, units, 1, w.in_features, 1, M, M)
+    kernel = _kernel(x, w, PLAIN, next(tile for tile in DECODE_TILES if rows <= tile.tokens))
+    work = Work(w.scales.shape[-1] // 64, 1, w.in_features, 1, rows, rows)
+    p = plan(kernel, work)
     if p is None:
         return False
-    _launch(kernel, p, x, w, bias, out, M, units)
+    _launch(kernel, work, p, x, w, bias, out)
     return True
 
 
@@ -207,16 +223,16 @@ def experts(
     """
     T, k = ids.shape
     inner = gate_up.out_features // 2
-    tiles = gate_up.scales.shape[-1] // 128, down.scales.shape[-1] // 64
     kernels = _kernel(x, gate_up, GATED, EXPERTS_TILE), _kernel(x, down, SUMMED, EXPERTS_TILE)
     if down.in_features % kernels[1].batch or inner != down.in_features:
         return False
-    first = plan(kernels[0], T * k * tiles[0], 2, gate_up.in_features, 1, T, 1)
-    second = plan(kernels[1], T * tiles[1], 1, down.in_features, k, T, 1)
-    if first is None or second is None:
+    first = Work(T * k * gate_up.scales.shape[-1] // 128, 2, gate_up.in_features, 1, T, 1)
+    second = Work(T * down.scales.shape[-1] // 64, 1, down.in_features, k, T, 1)
+    plans = plan(kernels[0], first), plan(kernels[1], second)
+    if plans[0] is None or plans[1] is None:
         return False
     hidden = torch.empty(T * k, inner, dtype=x.dtype, device=x.device)
     kind = ACTIVATIONS.index(activation)
-    _launch(kernels[0], first, x, gate_up, None, hidden, T, T * k * tiles[0], 1, ids, None, kind)
-    _launch(kernels[1], second, hidden, down, None, out, T, T * tiles[1], k, ids, routed)
+    _launch(kernels[0], first, plans[0], x, gate_up, None, hidden, ids, None, kind)
+    _launch(kernels[1], second, plans[1], hidden, down, None, out, ids, routed)
     return True

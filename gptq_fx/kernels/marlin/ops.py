@@ -63,12 +63,16 @@ def linear(
             bias = bias.to(x.dtype).contiguous()
         if M > MANY_ROWS and out_features >= DENSE_OUTPUTS:
             gemm.dense(rows, w, bias, out)
-        else:
+        elif not _decode(rows, w, bias, out):
             if perm is not None and M > PERMUTED_ROWS:
                 rows, w = gemm.permuted(rows, w)
-            if not (gemm.has_clusters(x) and decode.linear(rows, w, bias, out)):
+            if perm is None or not _decode(rows, w, bias, out):
                 _gemm(rows, w, bias, _tile(M, w, x), out, None)
     return out.reshape(*x.shape[:-1], out_features)
+
+
+def _decode(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
+    return gemm.has_clusters(x) and decode.linear(x, w, bias, out)
 
 
 def _tile(rows: int, w: Weight, x: Tensor) -> Tile | WideTile:
