@@ -4,10 +4,11 @@
 
 starts its four jobs itself, those on one GPU side by side. The 70B is never dense: random codes are made
 where they stay. Decode: 256 tokens of eager prefill into a static cache, then 64 greedy steps with CUDA
-graphs, one synchronization at the end. Calibration: --layers of the 8B's 32, --sequences of 2048 random
-tokens, bf16.
+graphs, one synchronization at the end. Calibration: --sequences of 2048 random tokens, in batches of --batch,
+bf16; another of one layer before it compiles the kernels.
 """
 
+import gc
 import json
 import os
 import re
@@ -172,29 +173,39 @@ def decode(name: str, layers: int | None, mode: str) -> dict[str, Any]:
     }
 
 
-def calibrate(name: str, layers: int | None, sequences: int, length: int) -> dict[str, Any]:
+def calibrate(name: str, layers: int | None, shape: tuple[int, int], batch: int) -> dict[str, Any]:
     device = here()
-    torch.manual_seed(0)
-    with device:
-        model = AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16)
-    model.eval().requires_grad_(False)
-    rng = torch.Generator().manual_seed(2)
-    batches = [
-        {"input_ids": torch.randint(model.config.vocab_size, (1, length), generator=rng).to(device)}
-        for _ in range(sequences)
-    ]
-    synchronize(device)
-    say(f"model made, {memory(device, 'memory_allocated'):.2f} GB")
-    start = time.perf_counter()
     group = dist.group.WORLD if dist.is_initialized() else None
-    report = gptq_fx.quantize(model, None, batches, progress=False, process_group=group)
-    synchronize(device)
-    losses = [site.loss for site in report.sites if site.loss is not None]
-    return {
-        "seconds": time.perf_counter() - start,
-        "peak GB": memory(device, "max_memory_allocated"),
-        "mean loss": sum(losses) / len(losses),
-    }
+
+    def run(layers: int | None, sequences: int) -> dict[str, Any]:
+        torch.manual_seed(0)
+        with device:
+            model = AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16)
+        model.eval().requires_grad_(False)
+        rng = torch.Generator().manual_seed(2)
+        ids = torch.randint(model.config.vocab_size, (sequences, shape[1]), generator=rng).to(device)
+        batches = [{"input_ids": part} for part in ids.split(batch)]
+        gc.collect()
+        if device.type != "cpu":
+            torch.accelerator.empty_cache()
+            torch.accelerator.reset_peak_memory_stats()
+        synchronize(device)
+        if group is not None:
+            dist.barrier()
+        say(f"model made, {memory(device, 'memory_allocated'):.2f} GB")
+        start = time.perf_counter()
+        report = gptq_fx.quantize(model, None, batches, progress=False, process_group=group)
+        synchronize(device)
+        losses = [site.loss for site in report.sites if site.loss is not None]
+        return {
+            "seconds": time.perf_counter() - start,
+            "peak GB": memory(device, "max_memory_allocated"),
+            "mean loss": sum(losses) / len(losses),
+            **{phase: round(seconds, 2) for phase, seconds in report.seconds.items()},
+        }
+
+    say(f"one layer: {run(1, ranks() * batch)}")
+    return run(layers, shape[0])
 
 
 def job(args: Any) -> None:
@@ -207,7 +218,7 @@ def job(args: Any) -> None:
     if args.job == "decode":
         found = decode(args.decode_model, args.decode_layers, args.mode)
     else:
-        found = calibrate(args.calibration_model, args.layers, args.sequences, args.length)
+        found = calibrate(args.calibration_model, args.layers, (args.sequences, args.length), args.batch)
     if int(os.environ.get("RANK", 0)) == 0:
         print("RESULT", json.dumps(found), flush=True)
     if dist.is_initialized():
@@ -279,9 +290,10 @@ def main() -> None:
     cli.add_argument("--decode-layers", type=int)
     cli.add_argument("--mode", default="reduce-overhead", help='Inductor\'s; "default" makes no CUDA graphs')
     cli.add_argument("--calibration-model", choices=SIZES, default="8b")
-    cli.add_argument("--layers", type=int, default=8)
-    cli.add_argument("--sequences", type=int, default=64)
+    cli.add_argument("--layers", type=int, help="of the model to calibrate; all, if left out")
+    cli.add_argument("--sequences", type=int, default=128)
     cli.add_argument("--length", type=int, default=2048)
+    cli.add_argument("--batch", type=int, default=8, help="sequences in one batch")
     cli.add_argument("--limit", type=float, default=200, help="seconds after which a job is killed")
     cli.add_argument(
         "--job", choices=["decode", "calibrate"], help="what this process does; set by the program"

@@ -33,7 +33,8 @@ def problem(device, K, E=2, N=21):
 def check_columns(device, bits, sym, K, group_size, dtype, norm, static=False, N=21, agree=0.99):
     """The share of codes that are the same: a tie may fall either way, and the rest of its row follows.
 
-    Losses are compared where a row has the same integers on the same grids, but for the last bits of fp32.
+    Compared are the groups of a row up to the first with such a tie; and losses where a row has the same
+    integers on the same grids, but for the last bits of fp32.
     """
     W, U, importance = problem(device, K, N=N)
     search, given = Search(bits, sym, dtype, norm), None
@@ -46,18 +47,32 @@ def check_columns(device, bits, sym, K, group_size, dtype, norm, static=False, N
         for run in (columns.columns, triton_gptq.columns)
     )
     assert found.codes.shape == wanted.codes.shape
-    same = (found.codes == wanted.codes).float().mean()
-    assert same > agree
+    same = found.codes == wanted.codes
     scales = torch.isclose(found.scales, wanted.scales, rtol=1e-5, atol=0)
-    assert scales.float().mean() > agree
+    groups = same.unflatten(1, (-1, group_size)).all(2)
+    alike = torch.cat([torch.ones_like(groups[:, :1]), groups[:, :-1].cumprod(1).bool()], 1)
+    assert same[alike.repeat_interleave(group_size, 1)].float().mean() > agree
+    assert scales[alike].float().mean() > agree
     if not sym:
-        assert (found.zeros == wanted.zeros).float().mean() > agree
-    rows = (found.codes == wanted.codes).all(1) & scales.all(1)
+        assert (found.zeros == wanted.zeros)[alike].float().mean() > agree
+    rows = same.all(1) & scales.all(1)
     if not sym:
         rows &= (found.zeros == wanted.zeros).all(1)
     assert rows.float().mean() > 0.8
     torch.testing.assert_close(found.loss[rows], wanted.loss[rows], rtol=1e-4, atol=0)
-    return same
+    return same.float().mean()
+
+
+def test_a_tie_is_no_difference(monkeypatch):
+    """Two of 32 rows part in the last bits of fp32, and have other scales from there on: 3.5 % of all."""
+
+    def almost(W, U, *rest):
+        noise = torch.Generator().manual_seed(9)
+        W, U = (t * (1 + 3e-7 * torch.randn(t.shape, generator=noise)) for t in (W, U))
+        return columns.columns(W, U, *rest)
+
+    monkeypatch.setattr(triton_gptq, "columns", almost)
+    check_columns("cpu", 4, True, 256, 32, torch.float32, None, N=16, agree=0.97)
 
 
 @needs_triton
