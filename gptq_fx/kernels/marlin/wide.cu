@@ -238,8 +238,8 @@ KERNEL(THREADS, 1) marlin_wide(const Args a) {
     const int chunks = (a.K / 16 + K_TILES - 1) / K_TILES;
     Place p;
     place_tile(a, blockIdx.x / parts, p);
-    p.begin = u64(chunks) * cluster_rank() / parts;
-    p.end = u64(chunks) * (cluster_rank() + 1) / parts;
+    p.begin = u32(chunks) * cluster_rank() / parts;  // 32 bits: a division of 64 takes as long as a load
+    p.end = u32(chunks) * (cluster_rank() + 1) / parts;
     p.expert = 0;
     if (MOE) {
         wait_for_kernels_before();
