@@ -8,6 +8,7 @@ humming_library.py for how the kernels are compiled before they are needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from gptq_fx.kernels import humming_experts as experts
 from gptq_fx.kernels import humming_library as library
 from gptq_fx.kernels.humming_layout import BLOCK, cut, pack, padded, unpack
-from gptq_fx.kernels.registry import Kernel, LinearSpec, register
+from gptq_fx.kernels.registry import Bound, Kernel, LinearSpec, Tensors, register
 from gptq_fx.ops import define, define_opaque
 
 GROUPS = (32, 64, 128, 256, 512, 1024)
@@ -72,25 +73,60 @@ def matmul(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x [M, K], the tensors of `pack` -> [M, N]. Every line costs the host time at every call."""
-    M, K = x.shape
-    out = x.new_empty(M, out_features)
-    if M == 0:
-        return out
-    device = x.get_device()
+    """x [M, K], the tensors of `pack` -> [M, N]. Raises as `bind` says."""
+    return _bind(weight, scales, zeros, out_features, bits, group_size)(x, None)
+
+
+def bind(tensors: Tensors, spec: LinearSpec) -> Bound:
+    """See Kernel.bind. Raises, when called: ValueError where x has not K features or is on another device,
+    TypeError where its dtype is not that of the scales."""
+    weight, scales, zeros = tensors
+    assert weight is not None and scales is not None
+    return _bind(weight, scales, zeros, *op_args(spec))
+
+
+def _bind(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, out_features: int, bits: int, group_size: int
+) -> Bound:
+    device, dtype, K = scales.get_device(), scales.dtype, weight.shape[-2] * 16
     whole = scales.shape[-1]
     key = (
-        device, K, whole, whole - out_features, bits, group_size, zeros is not None, x.dtype, 0, "dense",
+        device, K, whole, whole - out_features, bits, group_size, zeros is not None, dtype, 0, "dense",
     )  # fmt: skip
-    table = library.table(key)
-    if not x.is_contiguous() or x.data_ptr() % 16:  # the loads are of 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
-    locks = library.current_locks(device)
-    library.launcher()(
-        table.configs, x, weight, scales, None, None, None, zeros, None, out,
-        None, None, None, None, locks, 1, M,
-    )  # fmt: skip
-    return out
+    launch = library.launcher()
+    configs: Any = None
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        """Every line costs the host time at every call."""
+        nonlocal configs
+        shape = x.shape
+        if shape[-1] != K or x.dtype is not dtype or x.get_device() != device:
+            raise _refusal(x, scales, K)
+        flat = len(shape) == 2
+        rows = x if flat else x.reshape(-1, K)
+        M = rows.shape[0]
+        out = rows.new_empty((M, out_features))
+        if M:
+            if configs is None:
+                configs = library.table(key).configs
+            if not rows.is_contiguous() or rows.data_ptr() % 16:  # the loads are of 16 bytes
+                rows = rows.clone(memory_format=torch.contiguous_format)
+            launch(
+                configs, rows, weight, scales, None, None, None, zeros, None, out,
+                None, None, None, None, library.current_locks(device), 1, M,
+            )  # fmt: skip
+        y = out if flat else out.view(*shape[:-1], out_features)
+        return y if bias is None else y + bias
+
+    return run
+
+
+def _refusal(x: Tensor, scales: Tensor, K: int) -> Exception:
+    if x.dtype is not scales.dtype:
+        return TypeError(f"humming: x is {x.dtype}, the scales {scales.dtype}. Legal: the same dtype")
+    if x.shape[-1] != K:
+        return ValueError(f"humming: x has {x.shape[-1]} features, the weight {K}")
+    return ValueError(f"humming: x is on {x.device}, the weight on {scales.device}. Legal: the same device")
 
 
 humming_matmul = define_opaque(
@@ -137,6 +173,7 @@ HUMMING = register(
         op=humming_linear,
         op_args=op_args,
         body=linear,
+        bind=bind,
         cut_at=lambda spec: BLOCK,
         cut=cut,
         stacks=True,
