@@ -7,7 +7,7 @@ humming_library.py for how the kernels are compiled before they are needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,57 +73,82 @@ def matmul(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x [M, K], the tensors of `pack` -> [M, N]. Raises as `bind` says."""
-    return _bind(weight, scales, zeros, out_features, bits, group_size)(x, None)
+    """x [M, K], the tensors of `pack` -> [M, N].
+
+    Raises ValueError where x has not K features or is on another device than the weight, TypeError where its
+    dtype is not that of the scales.
+    """
+    device = scales.get_device()
+    if x.shape[1] != weight.shape[-2] * 16 or x.dtype is not scales.dtype or x.get_device() != device:
+        raise _refusal(x, weight, scales)
+    out = x.new_empty((x.shape[0], out_features))
+    if x.shape[0]:
+        configs = library.table(_key(weight, scales, zeros, out_features, bits, group_size)).configs
+        _launch(library.launcher(), configs, x, weight, scales, zeros, out, device)
+    return out
 
 
 def bind(tensors: Tensors, spec: LinearSpec) -> Bound:
-    """See Kernel.bind. Raises, when called: ValueError where x has not K features or is on another device,
-    TypeError where its dtype is not that of the scales."""
+    """See Kernel.bind. What it returns raises as `matmul` does. Every line of it costs the host time at every
+    call."""
     weight, scales, zeros = tensors
     assert weight is not None and scales is not None
-    return _bind(weight, scales, zeros, *op_args(spec))
-
-
-def _bind(
-    weight: Tensor, scales: Tensor, zeros: Tensor | None, out_features: int, bits: int, group_size: int
-) -> Bound:
-    device, dtype, K = scales.get_device(), scales.dtype, weight.shape[-2] * 16
-    whole = scales.shape[-1]
-    key = (
-        device, K, whole, whole - out_features, bits, group_size, zeros is not None, dtype, 0, "dense",
-    )  # fmt: skip
-    launch = library.launcher()
-    configs: Any = None
+    K, out_features, dtype, device = spec.in_features, spec.out_features, scales.dtype, scales.get_device()
+    key, launch = _key(weight, scales, zeros, *op_args(spec)), library.launcher()
+    configs: Tensor | None = None
 
     def run(x: Tensor, bias: Tensor | None) -> Tensor:
-        """Every line costs the host time at every call."""
         nonlocal configs
         shape = x.shape
         if shape[-1] != K or x.dtype is not dtype or x.get_device() != device:
-            raise _refusal(x, scales, K)
+            raise _refusal(x, weight, scales)
         flat = len(shape) == 2
-        rows = x if flat else x.reshape(-1, K)
-        M = rows.shape[0]
-        out = rows.new_empty((M, out_features))
-        if M:
+        rows = x if flat else x.reshape(shape[:-1].numel(), K)
+        out = rows.new_empty((rows.shape[0], out_features))
+        if rows.shape[0]:
             if configs is None:
                 configs = library.table(key).configs
-            if not rows.is_contiguous() or rows.data_ptr() % 16:  # the loads are of 16 bytes
-                rows = rows.clone(memory_format=torch.contiguous_format)
-            launch(
-                configs, rows, weight, scales, None, None, None, zeros, None, out,
-                None, None, None, None, library.current_locks(device), 1, M,
-            )  # fmt: skip
-        y = out if flat else out.view(*shape[:-1], out_features)
+            _launch(launch, configs, rows, weight, scales, zeros, out, device)
+        y = out if flat else out.view((*shape[:-1], out_features))
         return y if bias is None else y + bias
 
     return run
 
 
-def _refusal(x: Tensor, scales: Tensor, K: int) -> Exception:
+def _key(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, out_features: int, bits: int, group_size: int
+) -> tuple[Any, ...]:
+    """The fields of a Problem."""
+    whole = scales.shape[-1]
+    return (
+        scales.get_device(), weight.shape[-2] * 16, whole, whole - out_features, bits, group_size,
+        zeros is not None, scales.dtype, 0, "dense",
+    )  # fmt: skip
+
+
+def _launch(
+    launch: Callable[..., None],
+    configs: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out: Tensor,
+    device: int,
+) -> None:
+    if not x.is_contiguous() or x.data_ptr() % 16:  # the loads are of 16 bytes
+        x = x.clone(memory_format=torch.contiguous_format)
+    locks = library.current_locks(device)
+    launch(
+        configs, x, weight, scales, None, None, None, zeros, None, out,
+        None, None, None, None, locks, 1, x.shape[0],
+    )  # fmt: skip
+
+
+def _refusal(x: Tensor, weight: Tensor, scales: Tensor) -> Exception:
     if x.dtype is not scales.dtype:
         return TypeError(f"humming: x is {x.dtype}, the scales {scales.dtype}. Legal: the same dtype")
+    K = weight.shape[-2] * 16
     if x.shape[-1] != K:
         return ValueError(f"humming: x has {x.shape[-1]} features, the weight {K}")
     return ValueError(f"humming: x is on {x.device}, the weight on {scales.device}. Legal: the same device")
