@@ -37,7 +37,7 @@ def as_autocast(run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) 
         return run(x.to(dtype)).to(torch.get_autocast_dtype(device))
 
 
-# What a thread adds to the dispatch keys of its tensors where no mode is on, outside and inside inference mode.
+# What a thread adds to the dispatch keys of its tensors while no mode is on: outside, and in inference mode.
 _KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
 _QUIET = {
     (_KEYS(_KEY.BackendSelect) | _KEYS(_KEY.ADInplaceOrView)).raw_repr(),
