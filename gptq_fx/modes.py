@@ -1,11 +1,13 @@
 """What holds while the bytes of weights are made: none of the caller's modes, and one thread at a time.
 
-Whoever runs a model first packs its weights, in whatever mode and thread that happens to be.
+Whoever runs a model first packs its weights, in whatever mode and thread that happens to be. And what holds
+while they are used: autocast, and who watches the ops.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +35,37 @@ def as_autocast(run: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) 
         return run(x)
     with torch._C._DisableAutocast():
         return run(x.to(dtype)).to(torch.get_autocast_dtype(device))
+
+
+# What a thread adds to the dispatch keys of its tensors while no mode is on: outside, and in inference mode.
+_KEY, _KEYS = torch._C.DispatchKey, torch._C.DispatchKeySet
+_QUIET = {
+    (_KEYS(_KEY.BackendSelect) | _KEYS(_KEY.ADInplaceOrView)).raw_repr(),
+    _KEYS(_KEY.BackendSelect).raw_repr(),
+}
+
+
+@functools.cache
+def plain_keys(device: str) -> frozenset[int]:
+    """The dispatch keys of a tensor on a type of device that is nothing but its storage: no subclass, and
+    neither batched, functional, nested, sparse nor a negative view. One that was made in inference mode has
+    fewer."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
+
+
+def untraced(x: Tensor, bias: Tensor | None, keys: frozenset[int]) -> bool:
+    """Whether nobody could tell an op from the function behind it: the tensors are plain (`keys`), and no
+    dispatch mode, transform of torch.func or tracer is on. Gradients are for the caller to ask about."""
+    # One comparison each: this is done at every eager call of a linear.
+    return (
+        torch._C._dispatch_tls_local_include_set().raw_repr() in _QUIET
+        and torch._C._dispatch_keys(x).raw_repr() in keys
+        and (bias is None or torch._C._dispatch_keys(bias).raw_repr() in keys)
+    )
 
 
 @contextlib.contextmanager

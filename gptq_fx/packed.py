@@ -6,13 +6,15 @@ import copy
 import itertools
 import weakref
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptq_fx.kernels import Kernel, LinearSpec, Tensors, block, get_kernel, grouped
-from gptq_fx.modes import packing
+from gptq_fx.kernels.registry import Bound
+from gptq_fx.modes import packing, plain_keys, untraced
 from gptq_fx.order import gather, gather_grouped, order_of, sort, unsort
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
@@ -44,6 +46,17 @@ class Pack:
         if self.merged is None:
             return self.tensors
         return tuple(None if t is None else t.contiguous() for t in self.tensors)
+
+    @cached_property
+    def bound(self) -> tuple[Bound, frozenset[int]] | None:
+        """Kernel.bound on the tensors, and the keys of an x that it may be given (modes.py).
+
+        None for a part of a merged pack, too: what it keeps would be a second copy of the bytes.
+        """
+        if self.merged is not None:
+            return None
+        run = self.kernel.bound(self.tensors, self.layout)
+        return None if run is None else (run, plain_keys(self.layout.device))
 
     def unpacked(self, gathered: bool = False) -> QuantizedWeight:
         """The canonical form; the pack stays. gathered: with the inputs in the order of the pack."""
@@ -188,6 +201,9 @@ class PackedWeight:
         pack = self.pack
         if pack.order is not None and not gathered:
             x = gather(x, pack.order)
+        bound = pack.bound
+        if bound is not None and untraced(x, bias, bound[1]):
+            return bound[0](x, bias)
         return pack.kernel.call(x, pack.call_tensors(), bias, pack.layout)
 
     def grouped(self, x: Tensor, ends: Tensor, gathered: bool = False) -> Tensor:

@@ -116,15 +116,15 @@ class QuantizedParameter(torch.Tensor):
                 f"{self.fqn}: a weight {list(self.shape)} quantized along its "
                 f"{'first' if self.transposed else 'second'} dimension is multiplied along the other"
             )
-        out_features = self.shape[1 if self.transposed else 0]
+        _, shape, dtype, _, _ = self._flat[1][0]  # as attributes of the tensor they cost 4 us each
 
         def run(x: Tensor) -> Tensor:
             if self._packed is not None and type(x) in (Tensor, torch.nn.Parameter) and not flows(x, bias):
                 return self._packed.linear(x, bias)
-            y: Tensor = handle_linear(x, self.handle, bias, out_features)
+            y: Tensor = handle_linear(x, self.handle, bias, shape[1 if transposed else 0])
             return y
 
-        return as_autocast(run, x, self.dtype)
+        return as_autocast(run, x, dtype)
 
     def grouped(self, x: Tensor, ends: Tensor, transposed: bool) -> Tensor:
         """x [S, K] -> [S, N]: rows ends[e - 1] to ends[e] by expert e."""

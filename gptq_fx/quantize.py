@@ -79,7 +79,8 @@ def quantize(
         weight is gathered, quantized and cut, so that its integers do not depend on the number of ranks, but
         for sums in another order. With calibration all pass the same batches (gptq_fx/split.py).
     max_memory: bytes of `device` ("8GB"), for a model on the CPU that does not fit it: everything is computed
-        there, with the weights of one stage and the activations of one batch at a time.
+        there, with the weights of one stage and the activations of one batch at a time. With a process_group,
+        each rank has so much.
     progress: show a bar for what takes over two seconds.
     resume_dir: a folder for the finished stages of a calibration in sequence. A run that was killed
         goes on behind the last of them when it is started again, and gives the same integers.

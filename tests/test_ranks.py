@@ -21,10 +21,13 @@ def batches(count: int = 4, length: int = 24) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids(count, 2, length)[i]} for i in range(count)]
 
 
-def calibrated(name: str, group: Any = None, **settings: Any) -> tuple[nn.Module, gptq_fx.Report]:
+def calibrated(
+    name: str, group: Any = None, max_memory: str | None = None, **settings: Any
+) -> tuple[nn.Module, gptq_fx.Report]:
     model = {**MODELS, **EXPERTS}[name].build(num_hidden_layers=1)
     config = gptq_fx.GPTQConfig(group_size=32, **settings)
-    report = gptq_fx.quantize(model, config, batches(), progress=False, process_group=group)
+    where = {"device": "cpu", "max_memory": max_memory} if max_memory else {}
+    report = gptq_fx.quantize(model, config, batches(), progress=False, process_group=group, **where)
     return model, report
 
 
@@ -46,8 +49,10 @@ def held(name: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor
         ("llama", {"sym": False}),
         ("mixtral", {"min_tokens": 8}),
         ("llama", {"sequential": False, "gptaq": 0.0}),
+        ("llama", {"max_memory": "100MB"}),
+        ("mixtral", {"min_tokens": 8, "max_memory": "100MB"}),
     ],
-    ids=["llama", "mixtral", "all at once"],
+    ids=["llama", "mixtral", "all at once", "llama streamed", "mixtral streamed"],
 )
 def test_ranks_end_with_the_same_integers_which_are_those_of_one(name: str, settings: dict[str, Any]) -> None:
     codes, wanted, measured = held(name, settings)

@@ -1,7 +1,8 @@
 """One product on a GPU: gptq_fx's op, humming-kernels called directly, and cuBLAS; MoE blocks; attention.
 
 Device time: a CUDA graph of one call for each of several copies of the weights, 288 MB of them in all, so
-that none is in the cache; the median of its replays, divided by the copies. Host time: of 200 eager calls.
+that none is in the cache; the median of its replays, divided by the copies. Host time: of 200 eager calls,
+"host us" of an nn.Linear as models call it, "op" and "body" of the kernel's op and of the function behind it.
 """
 
 import json
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptq_fx import QuantizedWeight, Scheme
+from gptq_fx import QuantizedParameter, QuantizedWeight, Scheme
 from gptq_fx.kernels import LinearSpec, Tensors, humming, humming_experts, humming_library
+from gptq_fx.packed import PackedWeight
+from gptq_fx.parameter import as_parameter
 from table import conditions, markdown, parser, publish
 
 SHAPES = {"o": (4096, 4096), "qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
@@ -66,6 +69,15 @@ def weight(spec: LinearSpec) -> QuantizedWeight:
     return QuantizedWeight.from_codes(codes, scales.to(spec.dtype), None, spec.scheme.bits)
 
 
+def module(quantized: QuantizedWeight, spec: LinearSpec) -> torch.nn.Linear:
+    """What quantize leaves, packed for humming."""
+    packed = PackedWeight(quantized, spec.scheme, None)
+    packed.lower(humming.HUMMING)
+    made = torch.nn.Linear(spec.in_features, spec.out_features, bias=False, device="meta")
+    made.weight = as_parameter(QuantizedParameter(packed))
+    return made
+
+
 def copies(tensors: Tensors) -> list[Tensors]:
     size = sum(t.nbytes for t in tensors if t is not None)
     count = max(2, min(32, -(-(288 << 20) // size)))
@@ -102,13 +114,20 @@ def dense_rows(bits: int, rows: tuple[int, ...]) -> list[list[str]]:
         print(f"{name} {N}x{K}: kernels ready after {time.perf_counter() - start:.1f} s", flush=True)
         quantized = weight(spec)
         packs = copies(humming.pack(quantized, spec))
+        layer = module(quantized, spec)
         for M in rows:
-            dense_row(table, name, spec, M, quantized.dequantize(), packs)
+            dense_row(table, name, spec, M, quantized.dequantize(), packs, layer)
     return table
 
 
 def dense_row(
-    table: list[list[str]], name: str, spec: LinearSpec, M: int, dense: Tensor, packs: list[Tensors]
+    table: list[list[str]],
+    name: str,
+    spec: LinearSpec,
+    M: int,
+    dense: Tensor,
+    packs: list[Tensors],
+    layer: torch.nn.Linear,
 ) -> None:
     x = torch.randn(M, spec.in_features, dtype=torch.bfloat16, device="cuda")
     out = x.new_empty(M, spec.out_features)
@@ -133,7 +152,12 @@ def dense_row(
     b = graph_us([lambda p=p: theirs(p) for p in packs])
     denses = [dense.clone() for _ in range(max(2, min(8, -(-(288 << 20) // dense.nbytes))))]
     c = graph_us([lambda w=w: F.linear(x, w) for w in denses])
-    host = [host_us(f) for f in (lambda: ours(pack), body, lambda: theirs(pack), lambda: F.linear(x, dense))]
+    tokens = x[None]
+    called = (
+        lambda: layer(tokens), lambda: ours(pack), body, lambda: theirs(pack),
+        lambda: F.linear(x, dense),
+    )  # fmt: skip
+    host = [host_us(f) for f in called]
     show(
         table,
         f"{name} {tuple(dense.shape)}",
@@ -238,7 +262,7 @@ def main() -> None:
     if "dense" in args.only:
         head = [
             "shape", "rows", "gptq_fx us", "humming us", "ratio", "cuBLAS us", "speed-up", "error", "host us",
-            "host us, body", "humming host us", "linear host us", "their tile",
+            "host us, op", "host us, body", "humming host us", "linear host us", "their tile",
         ]  # fmt: skip
         text += ["", markdown(head, dense_rows(args.bits, tuple(args.rows)))]
     if "blocks" in args.only:

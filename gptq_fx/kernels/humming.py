@@ -7,7 +7,8 @@ humming_library.py for how the kernels are compiled before they are needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from gptq_fx.kernels import humming_experts as experts
 from gptq_fx.kernels import humming_library as library
 from gptq_fx.kernels.humming_layout import BLOCK, cut, pack, padded, unpack
-from gptq_fx.kernels.registry import Kernel, LinearSpec, register
+from gptq_fx.kernels.registry import Bound, Kernel, LinearSpec, Tensors, register
 from gptq_fx.ops import define, define_opaque
 
 GROUPS = (32, 64, 128, 256, 512, 1024)
@@ -72,25 +73,85 @@ def matmul(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x [M, K], the tensors of `pack` -> [M, N]. Every line costs the host time at every call."""
-    M, K = x.shape
-    out = x.new_empty(M, out_features)
-    if M == 0:
-        return out
-    device = x.get_device()
+    """x [M, K], the tensors of `pack` -> [M, N].
+
+    Raises ValueError where x has not K features or is on another device than the weight, TypeError where its
+    dtype is not that of the scales.
+    """
+    device = scales.get_device()
+    if x.shape[1] != weight.shape[-2] * 16 or x.dtype is not scales.dtype or x.get_device() != device:
+        raise _refusal(x, weight, scales)
+    out = x.new_empty((x.shape[0], out_features))
+    if x.shape[0]:
+        configs = library.table(_key(weight, scales, zeros, out_features, bits, group_size)).configs
+        _launch(library.launcher(), configs, x, weight, scales, zeros, out, device)
+    return out
+
+
+def bind(tensors: Tensors, spec: LinearSpec) -> Bound:
+    """See Kernel.bind. What it returns raises as `matmul` does. Every line of it costs the host time at every
+    call."""
+    weight, scales, zeros = tensors
+    assert weight is not None and scales is not None
+    K, out_features, dtype, device = spec.in_features, spec.out_features, scales.dtype, scales.get_device()
+    key, launch = _key(weight, scales, zeros, *op_args(spec)), library.launcher()
+    configs: Tensor | None = None
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        nonlocal configs
+        shape = x.shape
+        if shape[-1] != K or x.dtype is not dtype or x.get_device() != device:
+            raise _refusal(x, weight, scales)
+        flat = len(shape) == 2
+        rows = x if flat else x.reshape(shape[:-1].numel(), K)
+        out = rows.new_empty((rows.shape[0], out_features))
+        if rows.shape[0]:
+            if configs is None:
+                configs = library.table(key).configs
+            _launch(launch, configs, rows, weight, scales, zeros, out, device)
+        y = out if flat else out.view((*shape[:-1], out_features))
+        return y if bias is None else y + bias
+
+    return run
+
+
+def _key(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, out_features: int, bits: int, group_size: int
+) -> tuple[Any, ...]:
+    """The fields of a Problem."""
     whole = scales.shape[-1]
-    key = (
-        device, K, whole, whole - out_features, bits, group_size, zeros is not None, x.dtype, 0, "dense",
+    return (
+        scales.get_device(), weight.shape[-2] * 16, whole, whole - out_features, bits, group_size,
+        zeros is not None, scales.dtype, 0, "dense",
     )  # fmt: skip
-    table = library.table(key)
+
+
+def _launch(
+    launch: Callable[..., None],
+    configs: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out: Tensor,
+    device: int,
+) -> None:
     if not x.is_contiguous() or x.data_ptr() % 16:  # the loads are of 16 bytes
         x = x.clone(memory_format=torch.contiguous_format)
     locks = library.current_locks(device)
-    library.launcher()(
-        table.configs, x, weight, scales, None, None, None, zeros, None, out,
-        None, None, None, None, locks, 1, M,
+    launch(
+        configs, x, weight, scales, None, None, None, zeros, None, out,
+        None, None, None, None, locks, 1, x.shape[0],
     )  # fmt: skip
-    return out
+
+
+def _refusal(x: Tensor, weight: Tensor, scales: Tensor) -> Exception:
+    if x.dtype is not scales.dtype:
+        return TypeError(f"humming: x is {x.dtype}, the scales {scales.dtype}. Legal: the same dtype")
+    K = weight.shape[-2] * 16
+    if x.shape[-1] != K:
+        return ValueError(f"humming: x has {x.shape[-1]} features, the weight {K}")
+    return ValueError(f"humming: x is on {x.device}, the weight on {scales.device}. Legal: the same device")
 
 
 humming_matmul = define_opaque(
@@ -137,6 +198,7 @@ HUMMING = register(
         op=humming_linear,
         op_args=op_args,
         body=linear,
+        bind=bind,
         cut_at=lambda spec: BLOCK,
         cut=cut,
         stacks=True,

@@ -13,6 +13,7 @@ from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
 Tensors = tuple[Tensor | None, ...]
+Bound = Callable[[Tensor, Tensor | None], Tensor]  # (x [*, K], bias [N]) -> [*, N], by one pack
 GATHERED = "act-order: one gather for each input"
 
 
@@ -87,6 +88,8 @@ class Kernel:
         faster way to it than `unpack`. Gradients are multiplied by it.
     note: None, or what a user should know about how the kernel stores the spec.
     body: the function behind op, or None: it costs less to call, where nothing traces.
+    bind: (tensors, spec) -> f with f(x, bias) = body(x, *tensors, bias, *op_args(spec)), where more than the
+        arguments can be worked out once for all calls; None: only those are.
     stacks: pack and unpack take a stack of experts as it is; otherwise they are called for each of them.
     prepare: makes ready what can be made before weights of these specs are packed and called, such as
         compiled code: all at once, since that is faster, and may show a bar.
@@ -108,6 +111,7 @@ class Kernel:
     note: Callable[[LinearSpec], str | None] = lambda spec: None
     stacks: bool = False
     body: Callable[..., Tensor] | None = None
+    bind: Callable[[Tensors, LinearSpec], Bound] | None = None
     prepare: Callable[[Sequence[LinearSpec]], None] = lambda specs: None
     experts: ExpertOps | None = None
 
@@ -146,6 +150,15 @@ class Kernel:
     def call(self, x: Tensor, tensors: Tensors, bias: Tensor | None, spec: LinearSpec) -> Tensor:
         result: Tensor = self.op(x, *tensors, bias, *self.op_args(spec))
         return result
+
+    def bound(self, tensors: Tensors, spec: LinearSpec) -> Bound | None:
+        """What `call` does with these tensors, without the dispatch of an op; None where there is no body."""
+        if self.bind is not None:
+            return self.bind(tensors, spec)
+        if self.body is None:
+            return None
+        body, args = self.body, self.op_args(spec)
+        return lambda x, bias: body(x, *tensors, bias, *args)
 
 
 def _stack(parts: Sequence[Tensor | None]) -> Tensor | None:
