@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptq_fx.errors import KernelError, unknown
+from gptq_fx.kernels import measured
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
 
@@ -182,6 +183,21 @@ def kernels() -> tuple[Kernel, ...]:
     return tuple(sorted(_KERNELS.values(), key=lambda kernel: kernel.order))
 
 
+def ranked(spec: LinearSpec) -> tuple[Kernel, ...]:
+    """Every registered kernel, the preferred one for this weight first: by `order`, but where kernels were
+    measured on the GPU that is here (measured.py), these change places among themselves."""
+    found = list(kernels())
+    where = measured.capability() if spec.device == "cuda" else None
+    if where is None or spec.experts is not None or spec.scheme.desc_act:  # of these there are no tables
+        return tuple(found)
+    scores = measured.scores(where, spec.scheme.bits)
+    places = [i for i, kernel in enumerate(found) if kernel.name in scores]
+    best = sorted((found[i] for i in places), key=lambda kernel: scores[kernel.name])
+    for place, kernel in zip(places, best, strict=True):
+        found[place] = kernel
+    return tuple(found)
+
+
 def get_kernel(name: str) -> Kernel:
     """The kernel of that name. Raises ConfigError, naming the legal ones, if there is none."""
     if name not in _KERNELS:
@@ -198,7 +214,7 @@ def choose_kernel(
     then gathered in the order of its groups, and the kernel is asked for the sorted weight.
     Raises KernelError with every kernel's reason if none, or not the `wanted` one, can run it.
     """
-    candidates = kernels() if wanted == "auto" else (get_kernel(wanted),)
+    candidates = ranked(spec) if wanted == "auto" else (get_kernel(wanted),)
     refusals: list[str] = []
     for kernel in candidates:
         reason = _refuses(kernel, spec, sortable)

@@ -1,5 +1,7 @@
 """The registry: who is asked first, what a refusal says, and a kernel added in one place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tolerances import LINEAR, relative_error
@@ -8,7 +10,16 @@ from torch import fx, nn
 import gptq_fx
 from gptq_fx import ConfigError, GPTQConfig, KernelError, QuantizedWeight, Scheme
 from gptq_fx.grid import round_to_nearest
-from gptq_fx.kernels import Kernel, LinearSpec, choose_kernel, get_kernel, kernels, register, registry
+from gptq_fx.kernels import (
+    Kernel,
+    LinearSpec,
+    choose_kernel,
+    get_kernel,
+    kernels,
+    measured,
+    register,
+    registry,
+)
 from gptq_fx.kernels.reference import REFERENCE
 from gptq_fx.ops import define
 
@@ -45,6 +56,39 @@ def test_the_smallest_order_is_asked_first():
     late, early = stub("late", 3), stub("early", 2)
     assert [k for k in kernels() if k in (late, early)] == [early, late]
     assert choose_kernel(SPEC) == (early, "")
+
+
+FAST, SLOW = dict.fromkeys(measured.MIX, 1.0), dict.fromkeys(measured.MIX, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "first"),
+    [
+        ({"a": SLOW, "b": FAST}, "b"),
+        ({"a": FAST, "b": SLOW}, "a"),
+        ({"a": SLOW, "b": {**FAST, 16: 9.0}}, "b"),  # 9^(1/4) < 2
+        ({"a": SLOW, "b": {**FAST, 16: 17.0}}, "a"),
+        ({"a": SLOW, "b": {1: 0.1}}, "a"),  # not the whole mix
+        ({"b": FAST}, "a"),
+    ],
+)
+def test_kernels_that_were_measured_change_places(monkeypatch, times, first):
+    monkeypatch.setattr(measured, "capability", lambda: (9, 0))
+    monkeypatch.setattr(measured, "TIMES", {((9, 0), 4): times})
+    found = {name: stub(name, order, "cuda") for order, name in enumerate(("a", "between", "b"))}
+    spec = replace(SPEC, device="cuda")
+    names = [kernel.name for kernel in registry.ranked(spec) if kernel.name in found]
+    assert (names[0], names[1]) == (first, "between")
+    act_order = replace(spec, scheme=Scheme(4, 32, desc_act=True))
+    for unmeasured in (SPEC, act_order, replace(spec, experts=2), replace(spec, scheme=Scheme(8, 32))):
+        assert registry.ranked(unmeasured) == kernels()
+    monkeypatch.setattr(measured, "capability", lambda: (8, 0))
+    assert registry.ranked(spec) == kernels()
+
+
+def test_the_table_of_times_names_kernels():
+    for entry in measured.TIMES.values():
+        assert set(entry) <= {kernel.name for kernel in kernels()}
 
 
 def test_the_choice_says_why_others_were_passed_over():
