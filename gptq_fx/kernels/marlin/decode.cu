@@ -57,11 +57,7 @@ constexpr int X_AT = 2 * BATCH;  // in shared memory; the bytes before are 0, fo
 
 static_assert(FORM == PLAIN || TOKENS == 8, "a unit of experts has one row of x");
 
-DEVICE int expert_of(const Args& a, int route) {
-    const int e = a.wide_ids ? int(static_cast<const long long*>(a.ids)[route])
-                             : static_cast<const int*>(a.ids)[route];
-    return e >= 0 && e < a.num_experts ? e : -1;
-}
+DEVICE int expert_of(const Args& a, int route) { return expert_at(a.ids, a.wide_ids, route, a.num_experts); }
 
 // Of 64 outputs.
 struct Share {
@@ -274,23 +270,6 @@ DEVICE u32 x_of_lane(const Args& a, const Share& s, int batches, const u8* share
     return shared_address(shared) + piece * 16 + (valid ? X_AT + row * (batches * 2 * BATCH + 16) : 0);
 }
 
-DEVICE void store(const Args& a, int row, int n, const Float4& f) {
-    const int N = a.N / HALVES;
-    float v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        v[i] = f.v[i] + (FORM == PLAIN && a.bias && n + i < N ? to_float(a.bias[n + i]) : 0);
-    u16* to = a.out + u64(row) * N + n;
-    const u32 low = from_floats(v[0], v[1]), high = from_floats(v[2], v[3]);
-    if (N % 4 == 0) {
-        if (n < N) *reinterpret_cast<u64*>(to) = low | u64(high) << 32;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (n + i < N) to[i] = u16((i < 2 ? low : high) >> (16 * (i % 2)));
-}
-
 DEVICE Float4 add(const Float4& a, const Float4& b) {
     return {a.v[0] + b.v[0], a.v[1] + b.v[1], a.v[2] + b.v[2], a.v[3] + b.v[3]};
 }
@@ -352,7 +331,7 @@ DEVICE void finish(const Args& a, int first, int units, u8* shared) {
             row = divide(unit, a.by_tiles);
             unit -= row * (a.N64 / HALVES);
         }
-        store(a, row, unit * 64 + place * 4, f[0]);
+        store_four(a.out + u64(row) * (a.N / HALVES), a.bias, a.N / HALVES, unit * 64 + place * 4, f[0]);
     };
     __syncthreads();
     if (blocks == 1) {

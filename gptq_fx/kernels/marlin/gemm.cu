@@ -75,10 +75,7 @@ struct Work {
 };
 
 DEVICE int expert_of(const Args& a, int row_block) {
-    if (!MOE) return 0;
-    const int e = a.wide_experts ? int(static_cast<const long long*>(a.experts)[row_block])
-                                 : static_cast<const int*>(a.experts)[row_block];
-    return e >= 0 && e < a.num_experts ? e : -1;
+    return MOE ? expert_at(a.experts, a.wide_experts, row_block, a.num_experts) : 0;
 }
 
 // The row of out that is `token` of a row block, or -1.
@@ -317,19 +314,7 @@ DEVICE void load_scales(const Args& a, const Place& p, u16 (&scales)[4][2]) {
 }
 
 DEVICE void store(const Args& a, const Place& p, int row, int n, const Float4& f) {
-    float v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        v[i] = f.v[i] + (a.bias && n + i < a.N ? to_float(a.bias[u64(p.expert) * a.N + n + i]) : 0);
-    u16* to = a.out + u64(row) * a.N + n;
-    const u32 low = from_floats(v[0], v[1]), high = from_floats(v[2], v[3]);
-    if (a.N % 4 == 0) {
-        if (n < a.N) *reinterpret_cast<u64*>(to) = low | u64(high) << 32;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (n + i < a.N) to[i] = u16((i < 2 ? low : high) >> (16 * (i % 2)));
+    store_four(a.out + u64(row) * a.N, a.bias ? a.bias + u64(p.expert) * a.N : nullptr, a.N, n, f);
 }
 
 // The block that has a unit in its run.

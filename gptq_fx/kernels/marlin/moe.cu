@@ -137,9 +137,7 @@ KERNEL(256, 1) marlin_combine(const CombineArgs a) {
 #pragma unroll 4
         for (int j = 0; j < a.k; ++j) {
             const u64 at = t * a.k + j;
-            const long long e = a.wide ? static_cast<const long long*>(a.ids)[at]
-                                       : static_cast<const int*>(a.ids)[at];
-            if (e < 0 || e >= a.num_experts) continue;
+            if (expert_at(a.ids, a.wide, at, a.num_experts) < 0) continue;
             const float s = a.wide_weights ? static_cast<const float*>(a.weights)[at]
                                            : to_float(static_cast<const u16*>(a.weights)[at]);
             const u16* x = a.x + at * a.H + h;

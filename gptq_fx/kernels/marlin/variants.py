@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+SHARED = ("ptx.cuh", "dequantize.cuh", "experts.cuh", "output.cuh")  # by the kernels that multiply
 MOST_STAGES = 4
 
 
@@ -100,7 +101,7 @@ class Variant:
             "SHARED": self.shared_bytes(stages),
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
-        return _join(head | constants, text("ptx.cuh"), text("dequantize.cuh"), text("gemm.cu"))
+        return _join(head | constants, *map(text, (*SHARED, "gemm.cu")))
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class WideVariant:
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
         operands = wgmma_operands(tile.tokens)
-        return _join(head | constants | operands, text("ptx.cuh"), text("dequantize.cuh"), text("wide.cu"))
+        return _join(head | constants | operands, *map(text, (*SHARED, "wide.cu")))
 
 
 MOST_WIDE_STAGES = 8
@@ -250,8 +251,7 @@ class DecodeVariant:
             "BATCH_TILES": self.batch_tiles,
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
-        parts = ("ptx.cuh", "dequantize.cuh", "activation.cuh", "decode.cu")
-        return _join(head | constants, *map(text, parts))
+        return _join(head | constants, *map(text, (*SHARED, "decode.cu")))
 
 
 def every_decode() -> Iterator[DecodeVariant]:
@@ -302,4 +302,4 @@ def dense_source(bits: int, bf16: bool, asym: bool, group_tiles: int) -> str:
 
 def moe_source(bf16: bool) -> str:
     """moe.cu for one dtype."""
-    return _join({"BF16": int(bf16)}, text("ptx.cuh"), text("activation.cuh"), text("moe.cu"))
+    return _join({"BF16": int(bf16)}, text("ptx.cuh"), text("experts.cuh"), text("moe.cu"))

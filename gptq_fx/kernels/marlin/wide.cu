@@ -55,10 +55,7 @@ struct Place {
 };
 
 DEVICE int expert_of(const Args& a, int row_block) {
-    if (!MOE) return 0;
-    const int e = a.wide_experts ? int(static_cast<const long long*>(a.experts)[row_block])
-                                 : static_cast<const int*>(a.experts)[row_block];
-    return e >= 0 && e < a.num_experts ? e : -1;
+    return MOE ? expert_at(a.experts, a.wide_experts, row_block, a.num_experts) : 0;
 }
 
 // The row of out that is `token` of the block's rows, or -1.
@@ -183,19 +180,8 @@ DEVICE float channel_scale(const Args& a, const Place& p, int n) {
 DEVICE void store(const Args& a, const Place& p, int row, int n, Float4 f) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        if (n + i < a.N) {
-            if (!GROUPED) f.v[i] *= channel_scale(a, p, n + i);
-            if (a.bias) f.v[i] += to_float(a.bias[u64(p.expert) * a.N + n + i]);
-        }
-    u16* to = a.out + u64(row) * a.N + n;
-    const u32 low = from_floats(f.v[0], f.v[1]), high = from_floats(f.v[2], f.v[3]);
-    if (a.N % 4 == 0) {
-        if (n < a.N) *reinterpret_cast<u64*>(to) = low | u64(high) << 32;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (n + i < a.N) to[i] = u16((i < 2 ? low : high) >> (16 * (i % 2)));
+        if (!GROUPED && n + i < a.N) f.v[i] *= channel_scale(a, p, n + i);
+    store_four(a.out + u64(row) * a.N, a.bias ? a.bias + u64(p.expert) * a.N : nullptr, a.N, n, f);
 }
 
 // Add up the blocks of the cluster.

@@ -1,3 +1,11 @@
+// What the kernels of experts share.
+
+// ids[at], int32 or (wide) int64; -1 where it is none of so many experts.
+DEVICE int expert_at(const void* ids, int wide, int at, int experts) {
+    const int e = wide ? int(static_cast<const long long*>(ids)[at]) : static_cast<const int*>(ids)[at];
+    return e >= 0 && e < experts ? e : -1;
+}
+
 // What stands between the two products of an expert. The numbers are those of gemm.ACTIVATIONS.
 
 constexpr int SILU = 0, GELU_TANH = 1, GPT_OSS = 2;
