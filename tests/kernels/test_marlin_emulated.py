@@ -123,7 +123,7 @@ def test_no_warp_is_without_work(units, in_features):
     """What it does not write is read."""
     kernel = decode.decode_function(4, True, False, 8, False, variants.PLAIN, variants.DECODE_TILES[0], 0)
     wide = replace(kernel, function=Resident(kernel.function))
-    p = decode.plan(wide, decode.Work(units, 1, in_features, 1, 4, 4))
+    p = decode.plan(wide, decode.Work(variants.PLAIN, units, in_features, 4))
     assert p.warps_k <= -(-in_features // kernel.batch) // p.cluster
     assert p.clusters <= units
 

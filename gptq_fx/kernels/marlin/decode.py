@@ -30,6 +30,56 @@ CLUSTER_OVERHEAD, LATENCY, X_TIME = 4, 6, 0.04
 
 
 @dataclass(frozen=True)
+class Decode:
+    """A kernel, and what a plan must know of it.
+
+    batch: features in a batch. runs: groups in a batch. perm: it reads x in the order of a permutation.
+    """
+
+    function: Function
+    form: int
+    batch: int
+    runs: int
+    perm: bool
+
+    @property
+    def warps(self) -> int:
+        return self.function.threads // 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for. tiles: of 64 outputs in a row of the result. rows: of x, each with top_k experts."""
+
+    form: int
+    tiles: int
+    in_features: int
+    rows: int
+    top_k: int = 1
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.form == GATED else 1
+
+    @property
+    def units(self) -> int:
+        return self.tiles * {PLAIN: 1, GATED: self.rows * self.top_k, SUMMED: self.rows}[self.form]
+
+    @property
+    def rows_of_unit(self) -> int:
+        return self.rows if self.form == PLAIN else 1
+
+    def batches(self, of: int) -> int:
+        """Of so many features, of one weight."""
+        return -(-self.in_features // of)
+
+    @property
+    def weights(self) -> int:
+        """How many are added up."""
+        return self.top_k if self.form == SUMMED else 1
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a launch cuts the work.
 
@@ -50,51 +100,19 @@ class Plan:
     of_warp: int
 
 
-@dataclass(frozen=True)
-class Decode:
-    """The kernel, and what a plan must know of it. batch: features in a batch. runs: groups in a batch.
-    perm: it reads x in the order of a permutation.
-    """
-
-    function: Function
-    batch: int
-    runs: int
-    perm: bool
-
-    @property
-    def warps(self) -> int:
-        return self.function.threads // 32
-
-    def batches(self, work: Work) -> int:
-        return -(-work.in_features // self.batch) * work.routes
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is asked for. units of 64 outputs, halves times. in_features: of each of `routes` weights that are
-    added up. rows: of x in shared memory. each: rows of a unit.
-    """
-
-    units: int
-    halves: int
-    in_features: int
-    routes: int
-    rows: int
-    each: int
-
-
 def _plan(decode: Decode, work: Work, cluster: int, warps_k: int) -> Plan | None:
     """With clusters of so many blocks, and so many warps that share a unit; None where they do not fit."""
     clusters = min(work.units, decode.function.clusters(cluster))
     if not clusters:
         return None
-    part, most = -(-decode.batches(work) // cluster), -(-work.units // clusters)
+    batches = work.batches(decode.batch) * work.weights
+    part, most = -(-batches // cluster), -(-work.units // clusters)
     slots, rows = most * work.halves, work.rows
     of_warp = -(-slots // (decode.warps // warps_k)) * -(-part // warps_k)
     x_bytes = rows * (2 * decode.batch * part + 16) + -(-4 * rows * part * decode.runs // 16) * 16
     sums_at = 2 * decode.batch + x_bytes
-    received_at = sums_at + slots * warps_k * work.each * SUM_BYTES
-    capacity = -(-work.each * most // cluster)
+    received_at = sums_at + slots * warps_k * work.rows_of_unit * SUM_BYTES
+    capacity = -(-work.rows_of_unit * most // cluster)
     staged_at = received_at + 256 * capacity * work.halves * cluster * (cluster > 1)
     shared = staged_at + 2 * rows * work.in_features * decode.perm
     if shared > decode.function.shared:
@@ -106,13 +124,32 @@ def _plan(decode: Decode, work: Work, cluster: int, warps_k: int) -> Plan | None
 @functools.lru_cache(maxsize=4096)
 def plan(decode: Decode, work: Work) -> Plan | None:
     """The fastest, as far as that can be told; None where x does not fit shared memory."""
-    batches = decode.batches(work)
+    batches = work.batches(decode.batch) * work.weights
     plans = (
         _plan(decode, work, cluster, warps_k)
         for cluster in range(1, min(MOST_CLUSTER, batches) + 1)
         for warps_k in range(1, min(decode.warps, batches // cluster) + 1)  # each has some
     )
     return min((p for p in plans if p is not None), key=lambda p: (p.time, p.of_warp), default=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(decode: Decode, work: Work, p: Plan) -> tuple[int, ...]:
+    """The last arguments of the kernel: what each has, and what it divides by."""
+    batches = work.batches(decode.batch)
+    return (
+        *divmod(work.units, p.clusters),
+        *divmod(batches * work.weights, p.cluster),
+        p.warps_k,
+        decode.warps // p.warps_k,
+        max(decode.warps // work.rows, 1).bit_length() - 1,
+        *map(_inverse, (p.warps_k, work.rows, p.cluster, work.tiles, work.top_k, batches)),
+    )
+
+
+def _inverse(n: int) -> int:
+    """For `divide` of decode.cu."""
+    return -(-(2**32) // n) if n > 1 else 0
 
 
 @functools.cache
@@ -123,7 +160,7 @@ def decode_function(
     variant = DecodeVariant(bits, bf16, asym, group_tiles, perm, form, tile)
     source, shared = variant.source(), where.shared_per_block
     function = Function(source, "marlin_decode", where, tile.threads, shared, ARGUMENTS)
-    return Decode(function, 16 * variant.batch_tiles, variant.runs, perm)
+    return Decode(function, form, 16 * variant.batch_tiles, variant.runs, perm)
 
 
 def _kernel(x: Tensor, w: Weight, form: int, tile: DecodeTile) -> Decode:
@@ -151,8 +188,6 @@ def _launch(
     routed: Tensor | None = None,
     activation: int = 0,
 ) -> None:
-    k, E = (1, 1) if ids is None else (ids.shape[1], w.packed.shape[0])
-    N64 = w.scales.shape[-1] // 64
     kernel.function(
         p.cluster,
         p.clusters,
@@ -167,36 +202,23 @@ def _launch(
         pointer(routed),
         work.rows,
         w.out_features,
-        w.in_features,
-        N64,
+        work.in_features,
+        work.tiles * work.halves,
         x.stride(0),
         w.scales.shape[-2],
         p.sums_at,
         p.received_at,
         p.capacity,
         p.staged_at,
-        E,
-        k,
+        1 if ids is None else w.packed.shape[0],
+        work.top_k,
         int(ids is not None and ids.dtype == torch.int64),
         int(routed is not None and routed.dtype == torch.float32),
         activation,
-        *divmod(work.units, p.clusters),
-        *divmod(kernel.batches(work), p.cluster),
-        p.warps_k,
-        kernel.warps // p.warps_k,
-        max(kernel.warps // work.rows, 1).bit_length() - 1,
-        *map(
-            _inverse,
-            (p.warps_k, work.rows, p.cluster, N64 // work.halves, k, kernel.batches(work) // work.routes),
-        ),
+        *_cut(kernel, work, p),
         cluster=p.cluster,
         shared=p.shared,
     )
-
-
-def _inverse(n: int) -> int:
-    """For `divide` of decode.cu."""
-    return -(-(2**32) // n) if n > 1 else 0
 
 
 def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
@@ -205,7 +227,7 @@ def linear(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
     if rows > (MOST_ROWS if w.perm is None else MOST_ORDERED_ROWS):
         return False
     kernel = _kernel(x, w, PLAIN, next(tile for tile in DECODE_TILES if rows <= tile.tokens))
-    work = Work(w.scales.shape[-1] // 64, 1, w.in_features, 1, rows, rows)
+    work = Work(PLAIN, w.scales.shape[-1] // 64, w.in_features, rows)
     p = plan(kernel, work)
     if p is None:
         return False
@@ -226,8 +248,8 @@ def experts(
     kernels = _kernel(x, gate_up, GATED, EXPERTS_TILE), _kernel(x, down, SUMMED, EXPERTS_TILE)
     if down.in_features % kernels[1].batch or inner != down.in_features:
         return False
-    first = Work(T * k * gate_up.scales.shape[-1] // 128, 2, gate_up.in_features, 1, T, 1)
-    second = Work(T * down.scales.shape[-1] // 64, 1, down.in_features, k, T, 1)
+    first = Work(GATED, gate_up.scales.shape[-1] // 128, gate_up.in_features, T, k)
+    second = Work(SUMMED, down.scales.shape[-1] // 64, down.in_features, T, k)
     plans = plan(kernels[0], first), plan(kernels[1], second)
     if plans[0] is None or plans[1] is None:
         return False
