@@ -32,12 +32,11 @@ def test_checkpoints_both_ways(tmp_path: Path) -> None:
     results = json.loads(done.stdout.splitlines()[-1])
     assert {name.split(":")[0] for name in results} == {"gptq_fx", "GPTQModel"}
     for name, found in results.items():
-        dense = found.pop("dense, bf16")
+        # A router that is near a tie flips in 16 bits, for the dense model and for ours.
+        flips = found.pop("dense, bf16") > LIMITS["bf16"]
         for reader, error in found.items():
             if (name, reader) in REFUSED:
                 assert error == REFUSED[name, reader]
                 continue
-            limit = LIMITS[reader.rpartition(" ")[2]]
-            if reader.endswith("bf16"):  # where a router flips, for the dense model and for ours, not by much
-                limit = limit if dense <= limit else 10 * limit
+            limit = 10 * LIMITS["bf16"] if flips else LIMITS[reader.rpartition(" ")[2]]
             assert error <= limit, (name, reader, error)
