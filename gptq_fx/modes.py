@@ -49,7 +49,7 @@ _QUIET = {
 def plain_keys(device: str) -> frozenset[int]:
     """The dispatch keys of a tensor on a type of device that is nothing but its storage: no subclass, and
     neither batched, functional, nested, sparse nor a negative view. One that was made in inference mode has
-    fewer."""
+    fewer. To be asked while `quiet`: a mode would decide what is found, for the whole process."""
     found = set()
     for inference in (False, True):
         with torch.inference_mode(inference):
@@ -57,14 +57,17 @@ def plain_keys(device: str) -> frozenset[int]:
     return frozenset(found)
 
 
-def untraced(x: Tensor, bias: Tensor | None, keys: frozenset[int]) -> bool:
-    """Whether nobody could tell an op from the function behind it: the tensors are plain (`keys`), and no
-    dispatch mode, transform of torch.func or tracer is on. Gradients are for the caller to ask about."""
+def quiet() -> bool:
+    """Whether no dispatch mode, transform of torch.func or tracer is on in this thread."""
+    return torch._C._dispatch_tls_local_include_set().raw_repr() in _QUIET
+
+
+def are_plain(x: Tensor, bias: Tensor | None, keys: frozenset[int]) -> bool:
+    """Whether the tensors are plain (`keys`). Where that holds while `quiet`, nobody could tell an op from
+    the function behind it. Gradients are for the caller to ask about."""
     # One comparison each: this is done at every eager call of a linear.
-    return (
-        torch._C._dispatch_tls_local_include_set().raw_repr() in _QUIET
-        and torch._C._dispatch_keys(x).raw_repr() in keys
-        and (bias is None or torch._C._dispatch_keys(bias).raw_repr() in keys)
+    return torch._C._dispatch_keys(x).raw_repr() in keys and (
+        bias is None or torch._C._dispatch_keys(bias).raw_repr() in keys
     )
 
 

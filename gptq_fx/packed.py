@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptq_fx.kernels import Kernel, LinearSpec, Tensors, block, get_kernel, grouped
 from gptq_fx.kernels.registry import Bound
-from gptq_fx.modes import packing, plain_keys, untraced
+from gptq_fx.modes import are_plain, packing, plain_keys, quiet
 from gptq_fx.order import gather, gather_grouped, order_of, sort, unsort
 from gptq_fx.scheme import Scheme
 from gptq_fx.weight import QuantizedWeight
@@ -201,8 +201,8 @@ class PackedWeight:
         pack = self.pack
         if pack.order is not None and not gathered:
             x = gather(x, pack.order)
-        bound = pack.bound
-        if bound is not None and untraced(x, bias, bound[1]):
+        bound = pack.bound if quiet() else None
+        if bound is not None and are_plain(x, bias, bound[1]):
             return bound[0](x, bias)
         return pack.kernel.call(x, pack.call_tensors(), bias, pack.layout)
 

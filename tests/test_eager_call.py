@@ -19,6 +19,7 @@ import gptq_fx
 from gptq_fx import GPTQConfig, QuantizedParameter
 from gptq_fx.kernels import Kernel, get_kernel, humming
 from gptq_fx.merged import merge
+from gptq_fx.modes import plain_keys
 
 K, N = 256, 128
 
@@ -131,6 +132,22 @@ def test_transforms_of_torch_func_see_the_op(ops: list[str]) -> None:
     assert relative_error(found, expected) <= LINEAR[torch.bfloat16]
     assert torch.equal(torch.func.functionalize(layer)(x), expected)
     assert ops == ["humming", "humming"]
+
+
+@pytest.mark.parametrize("first", ["functionalize", "jvp", "fake"])
+def test_a_first_call_in_a_mode_does_not_decide_for_the_process(ops: list[str], first: str) -> None:
+    layer, x = linear(), torch.randn(3, K).bfloat16()
+    plain_keys.cache_clear()  # as in a new process
+    if first == "functionalize":
+        torch.func.functionalize(layer)(x)
+    elif first == "jvp":  # of something else; the layer is called meanwhile
+        torch.func.jvp(lambda z: (layer(x), z)[1], (x,), (x,))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            layer(x)
+    ops.clear()
+    layer(x)
+    assert not ops
 
 
 def test_a_tracer_sees_the_op(ops: list[str]) -> None:
