@@ -20,6 +20,9 @@ CACHED = (
     decode.decode_function,
 )
 OLDER = replace(A_GPU, arch="sm_80")
+# 0.0025 is for many outputs (test_marlin_cuda.py). Of a thousand, the error of a kernel that rounds weights
+# and result to bf16, 0.0023, is now and then 7 % more.
+LIMIT = 0.0028
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ def check(spec, weight, M):
         y = run(spec, weight, x, b)
         expected = x.double() @ W.T + (0 if b is None else b.double())
         assert y.dtype == spec.dtype
-        assert relative_error(y, expected) <= 0.0025 < LINEAR[torch.bfloat16]
+        assert relative_error(y, expected) <= LIMIT < LINEAR[torch.bfloat16]
 
 
 GRIDS = [
@@ -179,7 +182,7 @@ def test_experts_with_many_rows_by_wgmma(experts, rows):
     tensors = marlin.MARLIN.pack_all(weight, spec)
     x, ids = torch.randn(rows, 256).to(spec.dtype), torch.randint(experts + 1, (rows,))
     y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
-    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= 0.0025
+    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= LIMIT
     assert set(HostFunction.launches) == {"marlin_align", "marlin_wide"}
 
 
@@ -261,7 +264,7 @@ def test_grouped(dtype, desc_act):
     ends = torch.tensor([3, 3, 20, 27, 28], dtype=dtype)
     owner = torch.searchsorted(ends.long(), torch.arange(30), right=True)
     y = ops.marlin_grouped(x, *tensors, ends, *marlin.MARLIN.op_args(spec))
-    assert relative_error(y, expected_rows(weight, x, owner.tolist())) <= 0.0025
+    assert relative_error(y, expected_rows(weight, x, owner.tolist())) <= LIMIT
     assert not y[28:].any()
 
 
@@ -274,7 +277,7 @@ def test_indexed(experts, rows):
     if rows > 1:
         ids[1] = experts  # no expert
     y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
-    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= 0.0025
+    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= LIMIT
 
 
 def test_more_blocks_of_threads_than_units_of_work(monkeypatch):
@@ -285,7 +288,7 @@ def test_more_blocks_of_threads_than_units_of_work(monkeypatch):
     tensors = marlin.MARLIN.pack_all(weight, spec)
     ids = torch.tensor([2, 2, 2])
     y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
-    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= 0.0025
+    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= LIMIT
 
 
 @pytest.mark.parametrize("activation", gemm.ACTIVATIONS)
