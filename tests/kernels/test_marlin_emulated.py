@@ -62,7 +62,9 @@ def make(N, K, bits=4, size=128, sym=True, dtype=torch.bfloat16, desc_act=False,
 
 def run(spec, weight, x, bias=None):
     tensors = marlin.MARLIN.pack_all(weight, spec)
-    return ops.linear(x, *tensors, bias, *marlin.MARLIN.op_args(spec))
+    y = ops.linear(x, *tensors, bias, *marlin.MARLIN.op_args(spec))
+    assert torch.equal(marlin.MARLIN.bound(tensors, spec)(x, bias), y)
+    return y
 
 
 def check(spec, weight, M):

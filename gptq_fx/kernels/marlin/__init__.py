@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gptq_fx.errors import WeightError
 from gptq_fx.kernels.marlin import launch, layout, nvrtc, ops
-from gptq_fx.kernels.marlin.gemm import ACTIVATIONS, MOST_EXPERTS
+from gptq_fx.kernels.marlin.gemm import ACTIVATIONS, MOST_EXPERTS, Weight
 from gptq_fx.kernels.marlin.layout import check_marlin_format, from_marlin_tensors
-from gptq_fx.kernels.registry import ExpertOps, Kernel, LinearSpec, Tensors, register
+from gptq_fx.kernels.registry import Bound, ExpertOps, Kernel, LinearSpec, Tensors, register
 from gptq_fx.weight import QuantizedWeight
 
 __all__ = ["MARLIN", "check_marlin_format", "from_marlin_tensors"]
@@ -170,6 +170,19 @@ def cut(tensors: Tensors, spec: LinearSpec, start: int, stop: int) -> Tensors:
     )
 
 
+def op_args(spec: LinearSpec) -> tuple[int, int, int]:
+    """What the ops take behind the tensors: bits, group_tiles, out_features."""
+    return stored_bits(spec), group_tiles(spec), spec.out_features
+
+
+def bind(tensors: Tensors, spec: LinearSpec) -> Bound:
+    """See Kernel.bind."""
+    packed, scales, zeros, perm = tensors
+    assert packed is not None and scales is not None
+    weight = Weight(packed, scales, zeros, perm, *op_args(spec))
+    return lambda x, bias: ops.multiply(x, weight, bias)
+
+
 MARLIN = register(
     Kernel(
         name="marlin",
@@ -180,11 +193,12 @@ MARLIN = register(
         pack=pack,
         unpack=unpack,
         op=ops.marlin_linear,
-        op_args=lambda spec: (stored_bits(spec), group_tiles(spec), spec.out_features),
+        op_args=op_args,
         cut_at=lambda spec: layout.TILE_N,
         cut=cut,
         note=note,
         body=ops.linear,
+        bind=bind,
         experts=ExpertOps(
             supports=supports_stack,
             grouped=ops.marlin_grouped,

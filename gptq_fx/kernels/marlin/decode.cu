@@ -353,6 +353,7 @@ DEVICE void finish(const Args& a, int first, int units, u8* shared) {
             store_in_cluster(received + ((rank * HALVES + half) * a.capacity + nth) * 256, line - nth * blocks,
                              add_warps(line, half));
     }
+    __syncwarp();  // halves of a warp have had different numbers of lines
     cluster_arrive();
     cluster_wait();
     for (int nth = threadIdx.x / 16; nth * blocks + rank < lines; nth += STEP) {

@@ -52,23 +52,28 @@ def linear(
     out_features: int,
 ) -> Tensor:
     """x fp16 or bf16 [*, K], the tensors of `pack`, bias [N] -> [*, N]."""
-    w = Weight(packed, scales, zeros, perm, bits, group_tiles, out_features)
+    return multiply(x, Weight(packed, scales, zeros, perm, bits, group_tiles, out_features), bias)
+
+
+def multiply(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
+    """x fp16 or bf16 [*, K], bias [N] -> [*, N]."""
     _check(x, w)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     M = rows.shape[0]
     out = _empty(x, M, w)
     if M:
         rows = gemm.usable(rows, w.in_features)
         if bias is not None:
             bias = bias.to(x.dtype).contiguous()
-        if M > MANY_ROWS and out_features >= DENSE_OUTPUTS:
+        if M > MANY_ROWS and w.out_features >= DENSE_OUTPUTS:
             gemm.dense(rows, w, bias, out)
         elif not _decode(rows, w, bias, out):
-            if perm is not None and M > PERMUTED_ROWS:
+            ordered = w.perm is not None and M > PERMUTED_ROWS
+            if ordered:
                 rows, w = gemm.permuted(rows, w)
-            if perm is None or not _decode(rows, w, bias, out):
+            if not ordered or not _decode(rows, w, bias, out):
                 _gemm(rows, w, bias, _tile(M, w, x), out, None)
-    return out.reshape(*x.shape[:-1], out_features)
+    return out if x.ndim == 2 else out.reshape(*x.shape[:-1], w.out_features)
 
 
 def _decode(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:

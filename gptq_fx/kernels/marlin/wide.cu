@@ -212,6 +212,7 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS 
         }
         store(a, p, row, p.n_tile * N_TILE + n, f);
     }
+    __syncwarp();
     cluster_arrive();
     cluster_wait();  // what others read stays
 }
