@@ -29,7 +29,7 @@ def record(name: str, error: float | None, bits: int = 4) -> SiteRecord:
 
 @pytest.fixture(scope="module")
 def graph() -> GraphRecord:
-    (found,) = gptq_fx.explain(llama(3, torch.bfloat16), ids(), use_cache=False).graphs
+    (found,) = gptq_fx.explain(llama(3, torch.bfloat16, num_key_value_heads=4), ids(), use_cache=False).graphs
     return found
 
 
