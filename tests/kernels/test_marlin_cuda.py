@@ -11,7 +11,7 @@ from tolerances import relative_error
 
 from gptq_fx import QuantizedWeight, Scheme
 from gptq_fx.kernels import LinearSpec, block
-from gptq_fx.kernels.marlin import MARLIN, gemm, ops
+from gptq_fx.kernels.marlin import MARLIN, ops, routes
 
 pytestmark = pytest.mark.cuda
 LIMIT = 0.0025  # of the error against fp32; bf16's own rounding of the result makes 0.0017
@@ -151,7 +151,7 @@ def test_linears_of_experts(rows, bits, desc_act):
     assert torch.equal(y, again)
 
 
-@pytest.mark.parametrize("activation", gemm.ACTIVATIONS)
+@pytest.mark.parametrize("activation", routes.ACTIVATIONS)
 @pytest.mark.parametrize("T", [1, 2, 8, 64, 512, 2000])
 @pytest.mark.parametrize("biased", [True, False])
 def test_a_block_of_experts(activation, T, biased):

@@ -9,14 +9,14 @@ from tolerances import LINEAR, relative_error
 
 from gptq_fx import QuantizedWeight, Scheme
 from gptq_fx.kernels import LinearSpec, block, marlin
-from gptq_fx.kernels.marlin import decode, gemm, launch, ops, variants
+from gptq_fx.kernels.marlin import decode, gemm, launch, ops, routes, variants
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 CACHED = (
     gemm.gemm_function,
     gemm.wide_function,
     gemm._dense_functions,
-    gemm._moe_functions,
+    routes._moe_functions,
     decode.decode_function,
 )
 OLDER = replace(A_GPU, arch="sm_80")
@@ -30,7 +30,7 @@ def host(monkeypatch):
     """The GPU is the host; fresh memory is full of NaN."""
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
     zeros = torch.zeros(launch.COUNTERS, dtype=torch.int32)
-    for module in (gemm, decode):
+    for module in (gemm, decode, routes):
         monkeypatch.setattr(module, "Function", HostFunction)
         monkeypatch.setattr(module, "device", lambda index: A_GPU)
     monkeypatch.setattr(gemm, "counters", lambda index: zeros.data_ptr())
@@ -293,7 +293,7 @@ def test_more_blocks_of_threads_than_units_of_work(monkeypatch):
     assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= LIMIT
 
 
-@pytest.mark.parametrize("activation", gemm.ACTIVATIONS)
+@pytest.mark.parametrize("activation", routes.ACTIVATIONS)
 @pytest.mark.parametrize(("T", "biased"), [(1, True), (9, False), (40, True)])
 def test_a_block_of_experts(activation, T, biased):
     E, H, inner, k = 6, 128, 96, 2

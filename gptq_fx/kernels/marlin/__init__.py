@@ -4,7 +4,8 @@
     *.cu      the kernels; *.cuh: what they share
     variants  what they are compiled for
     nvrtc     the compiler and its cache; launch: the driver
-    gemm      calls of the kernels; decode: for a few rows of x; ops: the ops of torch
+    gemm      calls of the kernels; decode: for a few rows of x; routes: around the products of experts
+    ops       the ops of torch
 
 Codes of 2 and 3 bits are stored in 4, as q + 8 - 2^(bits-1), their zero points likewise.
 """
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from gptq_fx.errors import WeightError
 from gptq_fx.kernels.marlin import launch, layout, nvrtc, ops
-from gptq_fx.kernels.marlin.gemm import ACTIVATIONS, MOST_EXPERTS, Weight
+from gptq_fx.kernels.marlin.gemm import Weight
 from gptq_fx.kernels.marlin.layout import check_marlin_format, from_marlin_tensors
+from gptq_fx.kernels.marlin.routes import ACTIVATIONS, MOST_EXPERTS
 from gptq_fx.kernels.registry import Bound, ExpertOps, Kernel, LinearSpec, Tensors, register
 from gptq_fx.weight import QuantizedWeight
 

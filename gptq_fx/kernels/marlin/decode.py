@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_fx.kernels.marlin.gemm import ACTIVATIONS, MOST_CLUSTER, Weight
+from gptq_fx.kernels.marlin.gemm import MOST_CLUSTER, Weight
 from gptq_fx.kernels.marlin.launch import Function, device, pointer
+from gptq_fx.kernels.marlin.routes import ACTIVATIONS
 from gptq_fx.kernels.marlin.variants import (
     DECODE_TILES,
     EXPERTS_TILE,

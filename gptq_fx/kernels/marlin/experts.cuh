@@ -6,7 +6,7 @@ DEVICE int expert_at(const void* ids, int wide, int at, int experts) {
     return e >= 0 && e < experts ? e : -1;
 }
 
-// What stands between the two products of an expert. The numbers are those of gemm.ACTIVATIONS.
+// What stands between the two products of an expert. The numbers are those of routes.ACTIVATIONS.
 
 constexpr int SILU = 0, GELU_TANH = 1, GPT_OSS = 2;
 

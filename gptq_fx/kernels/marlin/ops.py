@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptq_fx.kernels.block import BLOCK_ARGUMENTS, block_fake
-from gptq_fx.kernels.marlin import decode, gemm
+from gptq_fx.kernels.marlin import decode, gemm, routes
 from gptq_fx.kernels.marlin.gemm import Weight
 from gptq_fx.kernels.marlin.variants import ORDERED_TOKENS, Tile, WideTile, tile_for, wide_tile_for
 from gptq_fx.ops import define_opaque
@@ -183,7 +183,7 @@ def _stack(x: Tensor, w: Weight, which: Tensor, ends: bool) -> Tensor:
     if S:
         tile, which = _stack_tile(S, E, w, x), _integers(which)
         if ends:
-            blocks = gemm.align(which, True, S, E, tile.tokens, 1, x.dtype == torch.bfloat16)
+            blocks = routes.align(which, True, S, E, tile.tokens, 1, x.dtype == torch.bfloat16)
         else:
             blocks = _blocks(which, E, tile, 1, _one_each(S, E), x.dtype)
         _gemm(gemm.usable(x, w.in_features), w, None, tile, out, blocks)
@@ -200,8 +200,8 @@ def _blocks(
     ids: Tensor, experts: int, tile: Tile | WideTile, top_k: int, one_each: bool, dtype: torch.dtype
 ) -> gemm.Blocks:
     if one_each:
-        return gemm.alone(ids, experts, top_k)
-    return gemm.align(ids, False, ids.numel(), experts, tile.tokens, top_k, dtype == torch.bfloat16)
+        return routes.alone(ids, experts, top_k)
+    return routes.align(ids, False, ids.numel(), experts, tile.tokens, top_k, dtype == torch.bfloat16)
 
 
 @define_opaque(f"marlin_experts({BLOCK_ARGUMENTS}) -> Tensor", fake=block_fake)
@@ -240,10 +240,10 @@ def marlin_experts(
     blocks = _blocks(ids, E, tiles[0], k, T == 1 or _one_each(rows, E), x.dtype)
     hidden = _empty(x, rows, first)
     _gemm(gemm.usable(x, first.in_features), first, biases[0], tiles[0], hidden, blocks)
-    active = gemm.usable(gemm.activate(hidden, activation), second.in_features)
+    active = gemm.usable(routes.activate(hidden, activation), second.in_features)
     out = _empty(x, rows, second)
     _gemm(active, second, biases[1], tiles[1], out, blocks.each_row())
-    return gemm.combine(out, ids, weights, E)
+    return routes.combine(out, ids, weights, E)
 
 
 def _few_routes(
