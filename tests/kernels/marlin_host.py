@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import shutil
 import struct
 import subprocess
@@ -36,11 +37,11 @@ def build(source: str, kernel: str) -> ctypes.CDLL:
     library = FOLDER / f"{name}.so"
     if not library.exists():
         FOLDER.mkdir(exist_ok=True)
-        path = FOLDER / f"{name}.cpp"
+        path = FOLDER / f"{name}.{os.getpid()}.cpp"  # several processes may build the same
         path.write_text(source)
         # Some distributions turn on a check that takes a jump from fiber to fiber for a broken stack.
         flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
-        made = library.with_suffix(".tmp")
+        made = path.with_suffix(".tmp")
         subprocess.run([str(CXX), *flags, str(path), "-o", str(made)], check=True)
         made.replace(library)
     return ctypes.CDLL(str(library))
