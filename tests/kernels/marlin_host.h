@@ -346,6 +346,7 @@ DEVICE void wgmma_commit() {}
 template <int PENDING>
 static void wgmma_wait() {}
 DEVICE u64 wgmma_matrix(u32 address) { return address; }
+DEVICE u64 wgmma_further(u64 matrix, u32 bytes) { return matrix + bytes; }
 struct Operand { u32 a[4]; u32 b; bool add; };
 // At once, warp by warp: what is read and overwritten between start and wait does not show.
 DEVICE void wgmma(float (&c)[WGMMA_TOKENS / 2], const u32 (&a)[4], u64 b, bool add) {
@@ -383,6 +384,7 @@ DEVICE void wgmma(float (&c)[WGMMA_TOKENS / 2], const u32 (&a)[4], u64 b, bool a
 DEVICE u32 cluster_size() { return host::in_cluster; }
 DEVICE u32 cluster_rank() { return blockIdx.x - host::first_block; }
 DEVICE void cluster_arrive() { ++host::self().arrived; }
+DEVICE void cluster_arrive_relaxed() { cluster_arrive(); }
 DEVICE void cluster_wait() {
     ++host::self().waited;
     host::leave(host::AT_CLUSTER);

@@ -123,13 +123,9 @@ DEVICE void load_batch(const Args& a, const Share& s, int batch, Batch& to) {
     }
 }
 
-// This number in a register: an instruction has room for one constant, and the compiler would write it anew
-// for each. Of threadIdx.z it does not know that it is 0.
-DEVICE u32 in_register(u32 constant) { return constant + threadIdx.z; }
-
 // x: of the lane, see x_of_lane. x_sums: of the runs of the batch, for the tokens of this lane (2 c, 2 c + 1), the
 // next run a.M further. factor: of the route; 0 where it counts nothing, whatever x is.
-DEVICE void multiply(const Args& a, const Batch& batch, u32 nibbles, u32 x, const float* (&x_sums)[NT][2], float factor,
+DEVICE void multiply(const Args& a, const Batch& batch, u32 magic, u32 x, const float* (&x_sums)[NT][2], float factor,
                      float (&sums)[4][NT][4]) {
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
@@ -161,7 +157,7 @@ DEVICE void multiply(const Args& a, const Batch& batch, u32 nibbles, u32 x, cons
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
                 u32 registers[4];
-                raw(registers, &batch.q[kt][w * WORDS / 4].v[w * WORDS % 4], nibbles);
+                raw(registers, &batch.q[kt][w * WORDS / 4].v[w * WORDS % 4], magic);
 #pragma unroll
                 for (int t = 0; t < NT; ++t) {
                     if (j == 0)
@@ -404,7 +400,7 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
     load_x(a, begin_k, batches, shared);
     __syncthreads();
 
-    const u32 nibbles = in_register(0x000f000fu);
+    const u32 magic = in_register(RAW_MAGIC);
     float sums[4][NT][4] = {};
     const float* x_sums[NT][2];
     u32 step, x = x_of_lane(a, s, batches, shared, step, x_sums);
@@ -425,7 +421,7 @@ KERNEL(THREADS, 1) marlin_decode(const Args a) {
         }
         const Batch now = loaded;
         if (next_slot < slots) load();
-        multiply(a, now, nibbles, x, x_sums, factor, sums);
+        multiply(a, now, magic, x, x_sums, factor, sums);
         go_on(1);
         if (++batch < stop) continue;
         write_sums(a, slot, part, sums, shared);

@@ -20,6 +20,7 @@ KERNEL(128, 4) marlin_dequantize(const DequantizeArgs a) {
     const int n_block = blockIdx.x / quads, n64 = a.begin + n_block;
     const int kt0 = (blockIdx.x % quads * 4 + warp) * 4;
     u8* turned = shared + warp * 64 * ROW;
+    const u32 magic = in_register(MAGIC);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         const int kt = kt0 + j;
@@ -52,7 +53,7 @@ KERNEL(128, 4) marlin_dequantize(const DequantizeArgs a) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
             u32 v[4];
-            dequantize(v, &q[w * WORDS / 4].v[w * WORDS % 4], zero_of(zeros, w));
+            dequantize(v, &q[w * WORDS / 4].v[w * WORDS % 4], zero_of(zeros, w), magic);
             const u32 s[2] = {bytes<0x1010>(scales[w]), bytes<0x3232>(scales[w])};
 #pragma unroll
             for (int i = 0; i < 4; ++i)  // i = 2 h + r: output 16 w + 8 r + g, k = 16 j + 8 h + 2 c

@@ -9,6 +9,10 @@ constexpr u32 ONE = BF16 ? 0x3f803f80u : 0x3c003c00u;
 constexpr u32 MINUS_ONE = ONE | 0x80008000u;
 constexpr u32 MINUS_NOTHING = 0x80008000u;
 
+// A number in a register: an instruction has room for one constant, and the compiler would write it anew for
+// each. Of threadIdx.z it does not know that it is 0.
+DEVICE u32 in_register(u32 constant) { return constant + threadIdx.z; }
+
 DEVICE u32 subtract2(u32 a, u32 b) { return fma2(b, MINUS_ONE, a); }
 DEVICE u32 multiply2(u32 a, u32 b) { return fma2(a, b, MINUS_NOTHING); }
 
@@ -35,38 +39,39 @@ DEVICE Zero zero_of(const u32 (&packed)[BITS / 4], int w) {
 }
 
 // The registers of operand a of mma: (g, k), (g + 8, k), (g, k + 8), (g + 8, k + 8), less the zero points.
+// magic: MAGIC, in a register.
 #if BITS == 4
-DEVICE void dequantize(u32 (&a)[4], const u32* word, const Zero& z) {
+DEVICE void dequantize(u32 (&a)[4], const u32* word, const Zero& z, u32 magic) {
     const u32 q = word[0];
 #if BF16
-    a[0] = subtract2((q & 0x000f000fu) | MAGIC, z.low);
-    a[2] = subtract2(((q >> 4) & 0x000f000fu) | MAGIC, z.low);
-    a[1] = subtract2(((q >> 8) & 0x000f000fu) | MAGIC, z.high);
-    a[3] = subtract2(((q >> 12) & 0x000f000fu) | MAGIC, z.high);
+    a[0] = subtract2((q & 0x000f000fu) | magic, z.low);
+    a[2] = subtract2(((q >> 4) & 0x000f000fu) | magic, z.low);
+    a[1] = subtract2(((q >> 8) & 0x000f000fu) | magic, z.high);
+    a[3] = subtract2(((q >> 12) & 0x000f000fu) | magic, z.high);
 #else
     // 1024 + 16 q costs no shift: (1024 + 16 q) / 16 - (64 + z)
     const u32 r = q >> 8;
     const u32 SIXTEENTH = 0x2c002c00u, C960 = 0x63806380u;
-    a[0] = subtract2((q & 0x000f000fu) | MAGIC, z.low);
-    a[1] = subtract2((r & 0x000f000fu) | MAGIC, z.high);
-    a[2] = fma2((q & 0x00f000f0u) | MAGIC, SIXTEENTH, subtract2(C960, z.low));
-    a[3] = fma2((r & 0x00f000f0u) | MAGIC, SIXTEENTH, subtract2(C960, z.high));
+    a[0] = subtract2((q & 0x000f000fu) | magic, z.low);
+    a[1] = subtract2((r & 0x000f000fu) | magic, z.high);
+    a[2] = fma2((q & 0x00f000f0u) | magic, SIXTEENTH, subtract2(C960, z.low));
+    a[3] = fma2((r & 0x00f000f0u) | magic, SIXTEENTH, subtract2(C960, z.high));
 #endif
 }
 #else
-DEVICE u32 from_bytes(u32 q, u32 z) {
+DEVICE u32 from_bytes(u32 q, u32 z, u32 magic) {
 #if BF16
-    const u32 v = subtract2((q & 0x007f007fu) | MAGIC, (~q & 0x00800080u) | MAGIC);
+    const u32 v = subtract2((q & 0x007f007fu) | magic, (~q & 0x00800080u) | magic);
     return ASYM ? subtract2(v, z) : v;
 #else
-    return subtract2((q & 0x00ff00ffu) | MAGIC, z);
+    return subtract2((q & 0x00ff00ffu) | magic, z);
 #endif
 }
-DEVICE void dequantize(u32 (&a)[4], const u32* word, const Zero& z) {
-    a[0] = from_bytes(word[0], z.low);
-    a[1] = from_bytes(word[1], z.high);
-    a[2] = from_bytes(word[0] >> 8, z.low);
-    a[3] = from_bytes(word[1] >> 8, z.high);
+DEVICE void dequantize(u32 (&a)[4], const u32* word, const Zero& z, u32 magic) {
+    a[0] = from_bytes(word[0], z.low, magic);
+    a[1] = from_bytes(word[1], z.high, magic);
+    a[2] = from_bytes(word[0] >> 8, z.low, magic);
+    a[3] = from_bytes(word[1] >> 8, z.high, magic);
 }
 #endif
 
@@ -76,28 +81,28 @@ constexpr float RAW_UNIT = BF16 ? 1.0f : 16777216.0f;
 constexpr float RAW_OFFSET = !BF16 ? 0 : BITS == 4 ? 128 : -128;
 constexpr u32 RAW_MAGIC = BF16 ? MAGIC : 0;
 
-// nibbles: 0x000f000f.
+// magic: RAW_MAGIC, in a register.
 #if BITS == 4
-DEVICE void raw(u32 (&a)[4], const u32* word, u32 nibbles) {
+DEVICE void raw(u32 (&a)[4], const u32* word, u32 magic) {
     const u32 q = word[0];
-    a[0] = (q & nibbles) | RAW_MAGIC;
-    a[2] = ((q >> 4) & nibbles) | RAW_MAGIC;
-    a[1] = ((q >> 8) & nibbles) | RAW_MAGIC;
-    a[3] = ((q >> 12) & nibbles) | RAW_MAGIC;
+    a[0] = (q & 0x000f000fu) | magic;
+    a[2] = ((q >> 4) & 0x000f000fu) | magic;
+    a[1] = ((q >> 8) & 0x000f000fu) | magic;
+    a[3] = ((q >> 12) & 0x000f000fu) | magic;
 }
 #else
-DEVICE u32 raw_of_bytes(u32 q) {
+DEVICE u32 raw_of_bytes(u32 q, u32 magic) {
 #if BF16
-    return subtract2((q & 0x007f007fu) | MAGIC, (~q & 0x00800080u) | MAGIC);
+    return subtract2((q & 0x007f007fu) | magic, (~q & 0x00800080u) | magic);
 #else
     return q & 0x00ff00ffu;
 #endif
 }
-DEVICE void raw(u32 (&a)[4], const u32* word, u32) {
-    a[0] = raw_of_bytes(word[0]);
-    a[1] = raw_of_bytes(word[1]);
-    a[2] = raw_of_bytes(word[0] >> 8);
-    a[3] = raw_of_bytes(word[1] >> 8);
+DEVICE void raw(u32 (&a)[4], const u32* word, u32 magic) {
+    a[0] = raw_of_bytes(word[0], magic);
+    a[1] = raw_of_bytes(word[1], magic);
+    a[2] = raw_of_bytes(word[0] >> 8, magic);
+    a[3] = raw_of_bytes(word[1] >> 8, magic);
 }
 #endif
 

@@ -212,6 +212,7 @@ DEVICE void store_x(u8* shared, u32 stage, const u16 (&values)[X_ROWS][8]) {
 #endif
 
 DEVICE void multiply(const u8* shared, u32 offset, float (&sums)[4][NT][4]) {
+    const u32 magic = in_register(MAGIC);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, wk = warp / WARPS_N;
     const u8* stage = shared + offset;
     const u8* weights = stage + warp * K_TILES * TILE_BYTES + lane * 16 * WORDS;
@@ -267,7 +268,7 @@ DEVICE void multiply(const u8* shared, u32 offset, float (&sums)[4][NT][4]) {
             for (int w = 0; w < 4; ++w) {
                 u32 a[4];
                 const Zero zero = zero_of(zeros, w);
-                dequantize(a, &q[w * WORDS / 4].v[w * WORDS % 4], zero);
+                dequantize(a, &q[w * WORDS / 4].v[w * WORDS % 4], zero, magic);
                 if (SCALE_WEIGHTS) {
                     const u32 low = bytes<0x1010>(scales.v[w]), high = bytes<0x3232>(scales.v[w]);
                     a[0] = multiply2(a[0], low);

@@ -158,6 +158,8 @@ DEVICE void wgmma_wait() {
 DEVICE u64 wgmma_matrix(u32 address) {
     return u64(address & 0x3ffff) >> 4 | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
+// The operand so many bytes behind.
+DEVICE u64 wgmma_further(u64 matrix, u32 bytes) { return matrix + (bytes >> 4); }
 // c[64, WGMMA_TOKENS] = a[64, 16] b[16, WGMMA_TOKENS] (+ c) by a warpgroup; done when it is waited for.
 DEVICE void wgmma(float (&c)[WGMMA_TOKENS / 2], const u32 (&a)[4], u64 b, bool add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, " WGMMA_ADD ", 0;"
@@ -187,6 +189,8 @@ DEVICE u32 cluster_rank() {
 }
 // All threads of the cluster have come to `arrive`, and what they stored before it is there, behind `wait`.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+// For threads that have only read.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 // Into the shared memory of a block of the cluster, where that of this block has `address`.
 DEVICE void store_in_cluster(u32 address, u32 rank, const Float4& f) {

@@ -24,6 +24,7 @@ struct Args {
 
 constexpr int THREADS = 256;
 constexpr int N_TILE = 256;
+constexpr u32 MOST_PARTS = 8;  // blocks in a cluster
 constexpr int TILE_BYTES = 128 * BITS;
 constexpr int WORDS = BITS / 4;
 constexpr int CHUNK = 16 * K_TILES;
@@ -76,49 +77,80 @@ DEVICE void place_tile(const Args& a, int tile, Place& p) {
     p.row_block = band * TOGETHER + in_band % rows;
 }
 
-DEVICE void load_weights(const Args& a, const Place& p, int chunk, u32 stage) {
-    const int k_tiles = a.K / 16, kt0 = chunk * K_TILES, n0 = p.n_tile * 4;
-    constexpr int PIECES = 4 * TILE_BYTES / 16;  // of a k tile
-#pragma unroll
-    for (int i = 0; i < K_TILES * PIECES / THREADS; ++i) {
-        const int piece = i * THREADS + threadIdx.x, kt = kt0 + piece / PIECES, at = piece % PIECES * 16;
-        const bool valid = kt < k_tiles && n0 + at / TILE_BYTES < a.N64;
-        const u8* from = a.weights + ((u64(p.expert) * k_tiles + kt) * a.N64 + n0) * TILE_BYTES + at;
-        copy_async(stage + WEIGHTS_AT + piece * 16, valid ? from : a.weights, valid);
-    }
-    constexpr int SCALE_PIECES = SCALE_BYTES / 16 * RUNS;
-    if (GROUPED && threadIdx.x < SCALE_PIECES) {
-        const int run = threadIdx.x / 32, at = threadIdx.x % 32 * 16;
-        const int group = (kt0 + run * RUN) / (GROUPED ? GROUP_TILES : 1);
-        const bool valid = group < a.groups && n0 + at / 128 < a.N64;
-        const u8* from = a.scales + ((u64(p.expert) * a.groups + group) * a.N64 + n0) * 128 + at;
-        copy_async(stage + SCALES_AT + threadIdx.x * 16, valid ? from : a.scales, valid);
-    }
-    constexpr int ZERO_PIECES = ZERO_BYTES / 16;  // of a run
-    const int thread = THREADS - 1 - threadIdx.x;
-    if (ASYM && thread < ZERO_PIECES * RUNS) {
-        const int run = thread / (ASYM ? ZERO_PIECES : 1), at = thread % (ASYM ? ZERO_PIECES : 1) * 16;
-        const int group = GROUPED ? (kt0 + run * RUN) / (GROUPED ? GROUP_TILES : 1) : 0;
-        const bool valid = group < a.groups && n0 + at / (8 * BITS) < a.N64;
-        const u8* from = a.zeros + ((u64(p.expert) * a.groups + group) * a.N64 + n0) * (8 * BITS) + at;
-        copy_async(stage + ZEROS_AT + run * ZERO_BYTES + at, valid ? from : a.zeros, valid);
-    }
+// Where this thread takes its pieces of the weights from: a stage further with each call of `load_weights`.
+struct Weights {
+    const u8* from;
+    int left;  // k tiles from there on; none where the outputs do not exist
+};
+
+constexpr int PIECES = 4 * TILE_BYTES / 16;  // of a k tile
+constexpr int PIECE_TILES = THREADS / PIECES;  // k tiles of which all threads have a piece
+static_assert(THREADS % PIECES == 0 && K_TILES % PIECE_TILES == 0, "threads would have parts of pieces");
+
+DEVICE Weights weights_of(const Args& a, const Place& p) {
+    const int k_tiles = a.K / 16, kt = p.begin * K_TILES + threadIdx.x / PIECES, at = threadIdx.x % PIECES * 16;
+    const u64 tile = (u64(p.expert) * k_tiles + kt) * a.N64 + p.n_tile * 4;
+    return {a.weights + tile * TILE_BYTES + at, p.n_tile * 4 + at / TILE_BYTES < a.N64 ? k_tiles - kt : 0};
 }
 
-DEVICE void load_x(const Args& a, const u8* const (&rows)[X_ROWS], int chunk, u32 stage) {
-    const int piece = threadIdx.x % 8;
+DEVICE void load_weights(const Args& a, Weights& w, u32 stage) {
+    const u64 step = u64(a.N64) * (PIECE_TILES * TILE_BYTES);
 #pragma unroll
-    for (int column = 0; column < K_TILES / 4; ++column) {
-        const int k = chunk * CHUNK + column * 64 + piece * 8;
+    for (int i = 0; i < K_TILES / PIECE_TILES; ++i, w.from += step)
+        copy_async(stage + WEIGHTS_AT + (i * THREADS + threadIdx.x) * 16, w.from, w.left > i * PIECE_TILES);
+    w.left -= K_TILES;
+}
+
+// Scales by the first threads, zero points by the last.
+DEVICE void load_grid(const Args& a, const Place& p, int chunk, u32 stage) {
+    const int n0 = p.n_tile * 4;
+    auto load = [&](int thread, const u8* from, int at, int pieces, int bytes) {  // bytes: of 64 outputs
+        if (thread >= pieces * RUNS) return;
+        const int run = thread / pieces, piece = thread % pieces * 16;
+        const int group = GROUPED ? (chunk * K_TILES + run * RUN) / (GROUPED ? GROUP_TILES : 1) : 0;
+        const u64 row = (u64(p.expert) * a.groups + group) * a.N64 + n0;
+        copy_async(stage + at + thread * 16, from + row * bytes + piece,
+                   group < a.groups && n0 + piece / bytes < a.N64);
+    };
+    if (GROUPED) load(threadIdx.x, a.scales, SCALES_AT, 32, 128);
+    if (ASYM) load(THREADS - 1 - threadIdx.x, a.zeros, ZEROS_AT, 2 * BITS, 8 * BITS);
+}
+
+// Likewise for x, from rows that may not be there.
+struct Rows {
+    const u8* from[X_ROWS];
+    bool there[X_ROWS];
+    int left;  // features
+};
+
+DEVICE Rows rows_of(const Args& a, const Place& p) {
+    Rows x;
+    const int k = p.begin * CHUNK + threadIdx.x % 8 * 8;
+    x.left = a.K - k;
 #pragma unroll
-        for (int i = 0; i < X_ROWS; ++i) {
-            const int token = i * ROW_STEP + threadIdx.x / 8;
-            if (TOKENS % ROW_STEP && token >= TOKENS) continue;
-            const bool valid = rows[i] && k < a.K;
-            copy_async(stage + column * X_BYTES + token * 128 + ((piece ^ token % 8) << 4),
-                       valid ? rows[i] + k * 2 : a.x, valid);
-        }
+    for (int i = 0; i < X_ROWS; ++i) {
+        const int token = i * ROW_STEP + threadIdx.x / 8;
+        const int row = TOKENS % ROW_STEP && token >= TOKENS ? -1 : row_of(a, p, token);
+        x.there[i] = row >= 0;
+        x.from[i] = a.x + (u64(row < 0 ? 0 : MOE ? row / a.top_k : row) * a.x_stride + k) * 2;
     }
+    return x;
+}
+
+DEVICE void load_x(Rows& x, u32 stage) {
+    const int token = threadIdx.x / 8, piece = threadIdx.x % 8;  // rows of eight threads: 64 k
+    const u32 to = stage + token * 128 + ((piece ^ token % 8) << 4);
+#pragma unroll
+    for (int i = 0; i < X_ROWS; ++i) {
+#pragma unroll
+        for (int column = 0; column < K_TILES / 4; ++column) {
+            if (TOKENS % ROW_STEP && i * ROW_STEP + token >= TOKENS) continue;
+            copy_async(to + column * X_BYTES + i * (ROW_STEP * 128), x.from[i] + column * 128,
+                       x.there[i] && x.left > column * 64);
+        }
+        x.from[i] += 2 * CHUNK;
+    }
+    x.left -= CHUNK;
 }
 
 // Of one run of k, for the outputs of this lane: (g, g + 8) twice.
@@ -136,31 +168,43 @@ DEVICE void read_grid(const u8* stage, int run, Grid& grid) {
         }
     }
     // Of 4 bits, the four blocks of 16 outputs are in one word; of 8, two are.
+    u32 packed[BITS / 4];
 #pragma unroll
     for (int i = 0; i < BITS / 4; ++i)
-        grid.zeros[i] = !ASYM ? 0
-                              : *reinterpret_cast<const u32*>(stage + ZEROS_AT + run * ZERO_BYTES +
-                                                              warp * 8 * BITS + g * BITS + 4 * i);
+        packed[i] = !ASYM ? 0
+                          : *reinterpret_cast<const u32*>(stage + ZEROS_AT + run * ZERO_BYTES + warp * 8 * BITS +
+                                                          g * BITS + 4 * i);
+#pragma unroll
+    for (int i = 0; i < BITS / 4; ++i)  // those of this warpgroup's outputs first
+        grid.zeros[i] = BITS == 4 ? packed[0] >> (8 * group) : packed[group % (BITS / 4)];
+}
+
+// What this thread multiplies of a stage: all of it is read before anything is waited for.
+struct Stage {
+    u32 q[K_TILES][2 * WORDS];
+    Grid grids[RUNS ? RUNS : 1];
+};
+
+DEVICE void read_stage(const u8* stage, Stage& s) {
+    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const u8* weights = stage + WEIGHTS_AT + warp * TILE_BYTES + lane * 16 * WORDS + group * 8 * WORDS;
+#pragma unroll
+    for (int kt = 0; kt < K_TILES; ++kt)
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            const u64 two = reinterpret_cast<const u64*>(weights + kt * 4 * TILE_BYTES)[i];
+            s.q[kt][2 * i] = u32(two), s.q[kt][2 * i + 1] = u32(two >> 32);
+        }
+#pragma unroll
+    for (int run = 0; run < (RUNS ? RUNS : 1); ++run) read_grid(stage, run, s.grids[run]);
 }
 
 // Of 16 k: operand a of two wgmmas.
-DEVICE void dequantize_step(const u8* stage, int kt, const Grid& grid, u32 (&registers)[2][4]) {
-    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const u8* weights = stage + WEIGHTS_AT + (kt * 4 + warp) * TILE_BYTES + lane * 16 * WORDS;
-    u32 q[2 * WORDS];
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-        const u64 two = reinterpret_cast<const u64*>(weights + group * 8 * WORDS)[i];
-        q[2 * i] = u32(two), q[2 * i + 1] = u32(two >> 32);
-    }
-    u32 zeros[BITS / 4];  // those of this warpgroup's outputs first
-#pragma unroll
-    for (int i = 0; i < BITS / 4; ++i)
-        zeros[i] = BITS == 4 ? grid.zeros[0] >> (8 * group) : grid.zeros[group];
+DEVICE void dequantize_step(const u32 (&q)[2 * WORDS], const Grid& grid, u32 magic, u32 (&registers)[2][4]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         u32(&r)[4] = registers[j];
-        dequantize(r, q + j * WORDS, zero_of(zeros, j));
+        dequantize(r, q + j * WORDS, zero_of(grid.zeros, j), magic);
         if (GROUPED) {
             r[0] = multiply2(r[0], grid.low[j]);
             r[1] = multiply2(r[1], grid.high[j]);
@@ -196,8 +240,10 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS 
             to[(i / 4 * 8 + i % 2) * SUM_STRIDE + j * 16 + i % 4 / 2 * 8] = sums[j][i];
     __syncthreads();
     const u32 parts = cluster_size(), rank = cluster_rank();
-    cluster_arrive();
-    cluster_wait();
+    if (parts > 1) {
+        cluster_arrive();
+        cluster_wait();
+    }
     const int first = TOKENS * rank / parts, last = TOKENS * (rank + 1) / parts;
     for (int i = threadIdx.x; i < (last - first) * (N_TILE / 4); i += THREADS) {
         const int token = first + i / (N_TILE / 4), n = i % (N_TILE / 4) * 4;
@@ -205,15 +251,22 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS 
         if (row < 0 || p.n_tile * N_TILE + n >= a.N) continue;
         const u32 from = shared_address(added + token * SUM_STRIDE + n);
         Float4 f = load_from_cluster(from, 0);
-        for (u32 r = 1; r < parts; ++r) {
-            const Float4 o = load_from_cluster(from, r);
+        if (parts > 1) {
+            Float4 others[MOST_PARTS];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) f.v[j] += o.v[j];
+            for (u32 r = 1; r < MOST_PARTS; ++r)
+                if (r < parts) others[r] = load_from_cluster(from, r);
+#pragma unroll
+            for (u32 r = 1; r < MOST_PARTS; ++r)
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    if (r < parts) f.v[j] += others[r].v[j];
         }
         store(a, p, row, p.n_tile * N_TILE + n, f);
     }
+    if (parts == 1) return;
     __syncwarp();
-    cluster_arrive();
+    cluster_arrive_relaxed();
     cluster_wait();  // what others read stays
 }
 
@@ -234,52 +287,61 @@ KERNEL(THREADS, 1) marlin_wide(const Args a) {
         p.expert = expert_of(a, p.row_block);
         if (p.expert < 0) return;
     }
-    // Two stages lie between a load and the wgmmas that read its place before.
-    constexpr int AHEAD = STAGES - 2;
     const int count = p.end - p.begin;
+    Weights weights = weights_of(a, p);
+    auto load_codes = [&](int chunk, u32 stage) {
+        load_weights(a, weights, stage);
+        load_grid(a, p, p.begin + chunk, stage);
+    };
 #pragma unroll 1
-    for (int s = 0; s < AHEAD && s < count; ++s) load_weights(a, p, p.begin + s, base + s * STAGE_BYTES);
+    for (int s = 0; s < STAGES - 1 && s < count; ++s) load_codes(s, base + s * STAGE_BYTES);
     if (!MOE) wait_for_kernels_before();  // it may have made x
-    const u8* rows[X_ROWS];
-#pragma unroll
-    for (int i = 0; i < X_ROWS; ++i) {
-        const int token = i * ROW_STEP + threadIdx.x / 8;
-        const int row = TOKENS % ROW_STEP && token >= TOKENS ? -1 : row_of(a, p, token);
-        rows[i] = row < 0 ? nullptr : a.x + u64(MOE ? row / a.top_k : row) * a.x_stride * 2;
-    }
+    Rows x = rows_of(a, p);
 #pragma unroll 1
-    for (int s = 0; s < AHEAD; ++s) {
-        if (s < count) load_x(a, rows, p.begin + s, base + s * STAGE_BYTES);
+    for (int s = 0; s < STAGES - 1; ++s) {
+        if (s < count) load_x(x, base + s * STAGE_BYTES);
         copy_commit();
     }
 
+    const u32 magic = in_register(MAGIC);
     float sums[2][TOKENS / 2];  // the first wgmmas set them
     u32 registers[2][2][4];
-    int at = 0, to = AHEAD;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-        copy_wait<AHEAD - 1>();
+    Stage now, next;
+    auto read = [&](int place, Stage& to) {
         show_to_wgmma();
         __syncthreads();
-        if (i + AHEAD < count) {
-            load_weights(a, p, p.begin + i + AHEAD, base + to * STAGE_BYTES);
-            load_x(a, rows, p.begin + i + AHEAD, base + to * STAGE_BYTES);
-        }
-        copy_commit();
-        Grid grid;
+        read_stage(shared + place * STAGE_BYTES, to);
+    };
+    copy_wait<STAGES - 2>();
+    read(0, now);
+    int at = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+        const u64 matrix = wgmma_matrix(base + at * STAGE_BYTES);
+        const int before = at ? at - 1 : STAGES - 1;
+        at = at + 1 == STAGES ? 0 : at + 1;
 #pragma unroll
         for (int kt = 0; kt < K_TILES; ++kt) {
-            if (kt % RUN == 0) read_grid(shared + at * STAGE_BYTES, kt / RUN, grid);
-            dequantize_step(shared + at * STAGE_BYTES, kt, grid, registers[kt % 2]);
-            const u64 matrix = wgmma_matrix(base + at * STAGE_BYTES + kt / 4 * X_BYTES + kt % 4 * 32);
+            dequantize_step(now.q[kt], now.grids[kt / RUN % (RUNS ? RUNS : 1)], magic, registers[kt % 2]);
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < 2; ++j) wgmma(sums[j], registers[kt % 2][j], matrix, i + kt > 0);
+            for (int j = 0; j < 2; ++j)
+                wgmma(sums[j], registers[kt % 2][j], wgmma_further(matrix, kt / 4 * X_BYTES + kt % 4 * 32), i + kt > 0);
             wgmma_commit();
+            // The next stage is taken over here, so that wgmma has work meanwhile; the one before is free, since
+            // its last wgmmas have been waited for.
+            if (kt == K_TILES / 2 && i + 1 < count) {
+                copy_wait<STAGES - 3>();
+                read(at, next);
+                if (i + STAGES - 1 < count) {
+                    load_codes(i + STAGES - 1, base + before * STAGE_BYTES);
+                    load_x(x, base + before * STAGE_BYTES);
+                }
+                copy_commit();
+            }
             wgmma_wait<1>();
         }
-        at = at + 1 == STAGES ? 0 : at + 1;
-        to = to + 1 == STAGES ? 0 : to + 1;
+        now = next;
     }
     wgmma_wait<0>();
     copy_wait<0>();
