@@ -1,7 +1,8 @@
 // Runs the CUDA sources of gptq_fx/kernels/marlin on the CPU, in place of ptx.cuh: each thread of a block is a
 // fiber, an instruction of a warp waits for its 32 lanes, __syncthreads for all. The blocks of a cluster run
-// together. Warps run in a random order between two barriers. An asynchronous copy poisons its target when it starts and fills it when it is waited
-// for, so that reading too early and overwriting too early both show.
+// together. Warps run in a random order between two barriers. An asynchronous copy poisons its target when it
+// starts and fills it when it is waited for, or, where a barrier is to be told, at a random time: so that reading
+// too early and overwriting too early both show.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -37,14 +39,17 @@ struct __align__(16) Float4 { float v[4]; };
 
 namespace host {
 struct Index { u32 x = 0, y = 0, z = 0; };
-enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_SOME, AT_BARRIER, AT_CLUSTER, DONE };
 struct Copy { u32 to; const void* from; bool valid; };
+struct Barrier { u32 count = 0, left = 0, phase = 0; };
+struct Told { u32 fiber, barrier; std::vector<Copy> copies; };  // a barrier of copies on their way
 struct Fiber {
     ucontext_t context;  // only to start it: swapcontext asks the kernel for the signal mask each time
     jmp_buf here;
     bool started = false;
     State state = READY;
     int arrived = 0, waited = 0;  // at barriers of the cluster
+    u32 barrier = 0, threads = 0, parity = 0;  // of sync_some, or in shared memory
     std::vector<char> stack;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
@@ -63,6 +68,13 @@ static Fiber& self() { return fibers[current]; }
 static ucontext_t scheduler;
 static jmp_buf scheduler_here;
 static std::function<void()> body;
+static std::map<std::pair<u32, u32>, Barrier> barriers;  // by block of the cluster, and address
+static std::deque<Told> on_their_way;
+
+static Barrier& barrier_at(u32 fiber, u32 address) { return barriers[{fiber / dim.x, address}]; }
+static void arrive(Barrier& b) {
+    if (--b.left == 0) b.left = b.count, ++b.phase;
+}
 
 static __attribute__((noinline)) void leave(State state) {
     Fiber& f = self();
@@ -79,6 +91,22 @@ static void be(u32 fiber) {
     thread.x = fiber % dim.x;
     block.x = first_block + fiber / dim.x;
     shared = memory + fiber / dim.x * memory_each;
+}
+static void fill(const std::vector<Copy>& copies) {
+    for (const Copy& c : copies) {
+        if (c.valid)
+            std::memcpy(shared + c.to, c.from, 16);
+        else
+            std::memset(shared + c.to, 0, 16);
+    }
+}
+// Copies of one thread arrive.
+static void deliver(u32 nth) {
+    const Told told = on_their_way[nth];
+    on_their_way.erase(on_their_way.begin() + nth);
+    be(told.fiber);
+    fill(told.copies);
+    arrive(barrier_at(told.fiber, told.barrier));
 }
 static void resume(u32 t) {
     Fiber& f = fibers[t];
@@ -116,6 +144,15 @@ static void run_cluster(u32 seed) {
         f.context.uc_link = &scheduler;
         makecontext(&f.context, enter, 0);
     }
+    barriers.clear();
+    on_their_way.clear();
+    // Threads that wait for a barrier in shared memory whose phase has ended.
+    auto pass_barriers = [&] {
+        for (u32 t = 0; t < all; ++t) {
+            Fiber& f = fibers[t];
+            if (f.state == AT_BARRIER && barrier_at(t, f.barrier).phase % 2 != f.parity) f.state = READY;
+        }
+    };
     // True where any went on: the threads of a block that are all there, or those that all others let pass.
     auto open_barriers = [&] {
         bool opened = false;
@@ -123,10 +160,16 @@ static void run_cluster(u32 seed) {
         for (Fiber& f : fibers) fewest = std::min(fewest, f.state == DONE ? fewest : f.arrived);
         for (u32 b = 0; b < in_cluster; ++b) {
             u32 there = 0;
-            for (u32 t = 0; t < threads; ++t) there += fibers[b * threads + t].state == AT_BLOCK;
+            std::map<u32, u32> some;
+            for (u32 t = 0; t < threads; ++t) {
+                const Fiber& f = fibers[b * threads + t];
+                there += f.state == AT_BLOCK;
+                some[f.barrier] += f.state == AT_SOME;
+            }
             for (u32 t = 0; t < threads; ++t) {
                 Fiber& f = fibers[b * threads + t];
-                if ((f.state == AT_BLOCK && there == threads) || (f.state == AT_CLUSTER && fewest >= f.waited)) {
+                if ((f.state == AT_BLOCK && there == threads) || (f.state == AT_CLUSTER && fewest >= f.waited) ||
+                    (f.state == AT_SOME && some[f.barrier] == f.threads)) {
                     f.state = READY;
                     opened = true;
                 }
@@ -135,6 +178,8 @@ static void run_cluster(u32 seed) {
         return opened;
     };
     for (;;) {
+        if (!on_their_way.empty() && random() % 8 == 0) deliver(random() % on_their_way.size());
+        pass_barriers();
         std::vector<u32> runnable;
         u32 done = 0;
         for (u32 w = 0; w < warps; ++w) {
@@ -148,7 +193,9 @@ static void run_cluster(u32 seed) {
         }
         if (done == all) return;
         if (runnable.empty()) {
-            if (!open_barriers()) fail("threads wait for each other");
+            if (open_barriers()) continue;
+            if (on_their_way.empty()) fail("threads wait for each other");
+            deliver(random() % on_their_way.size());
             continue;
         }
         const u32 w = runnable[random() % runnable.size()];
@@ -244,12 +291,7 @@ template <int PENDING>
 static void copy_wait() {
     host::Fiber& f = host::self();
     while (int(f.groups.size()) > PENDING) {
-        for (const host::Copy& c : f.groups.front()) {
-            if (c.valid)
-                std::memcpy(host::shared + c.to, c.from, 16);
-            else
-                std::memset(host::shared + c.to, 0, 16);
-        }
+        host::fill(f.groups.front());
         f.groups.pop_front();
     }
 }
@@ -340,6 +382,27 @@ DEVICE void let_next_kernel_start() {}
 DEVICE void wait_for_kernels_before() {}
 
 #ifdef WGMMA_TOKENS
+template <int REGISTERS>
+static void fewer_registers() {}
+template <int REGISTERS>
+static void more_registers() {}
+template <int BARRIER, int THREADS_OF_IT>
+static void sync_some() {
+    host::self().barrier = BARRIER;
+    host::self().threads = THREADS_OF_IT;
+    host::leave(host::AT_SOME);
+}
+DEVICE void barrier_init(u32 barrier, u32 count) { host::barrier_at(host::current, barrier) = {count, count, 0}; }
+DEVICE void barrier_arrive(u32 barrier) { host::arrive(host::barrier_at(host::current, barrier)); }
+DEVICE void barrier_arrive_after_copies(u32 barrier) {
+    host::on_their_way.push_back({host::current, barrier, host::self().open});
+    host::self().open.clear();
+}
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    host::self().barrier = barrier;
+    host::self().parity = parity;
+    host::leave(host::AT_BARRIER);
+}
 DEVICE void show_to_wgmma() {}
 DEVICE void wgmma_fence() {}
 DEVICE void wgmma_commit() {}

@@ -146,6 +146,32 @@ DEVICE void wait_for_kernels_before() {
 }
 
 #ifdef WGMMA_TOKENS  // of sm_90a
+// Of a warpgroup: what one gives up another may take.
+template <int REGISTERS>
+DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+template <int REGISTERS>
+DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
+// As __syncthreads, among so many threads that name the same barrier.
+template <int BARRIER, int THREADS_OF_IT>
+DEVICE void sync_some() { asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "n"(THREADS_OF_IT) : "memory"); }
+// A barrier in shared memory: each time that `count` have arrived, a phase ends. barrier_wait: until that of this
+// parity has, the first one having 0.
+DEVICE void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// As soon as the copies are there that this thread has started.
+DEVICE void barrier_arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile("{ .reg .pred done;"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;"
+                 "@!done bra again; }" ::"r"(barrier), "r"(parity)
+                 : "memory");
+}
 // Makes what this thread has stored or copied visible to wgmma.
 DEVICE void show_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -108,13 +108,13 @@ class Variant:
 class WideTile:
     """How a block of threads of wide.cu cuts the work.
 
-    tokens: rows of x, a multiple of 8. k_tiles: tiles of 16 k in a stage.
+    tokens: rows of x, a multiple of 16. k_tiles: tiles of 16 k in a stage.
     """
 
     tokens: int
     k_tiles: int = 8
 
-    threads = 256
+    threads = 384
     outputs = 256
 
 
@@ -140,8 +140,12 @@ class WideVariant:
         return -(-used // 1024) * 1024
 
     def shared_bytes(self, stages: int) -> int:
-        """Of a block: its stages, or in their place the sums; and room to begin at a multiple of 1024."""
-        return 1024 + max(stages * self.stage_bytes, self.tile.tokens * (self.tile.outputs + 4) * 4)
+        """Of a block: its stages, or in their place the sums; and room to begin at a multiple of 1024.
+
+        Behind them, addresses of the rows of x, and two barriers for each stage.
+        """
+        sums = self.tile.tokens * (self.tile.outputs + 4) * 4
+        return 1024 + max(stages * self.stage_bytes, sums) + 8 * self.tile.tokens + 16 * stages
 
     def fit(self, per_multiprocessor: int, per_block: int) -> int:
         """How many stages fit so many bytes of shared memory."""

@@ -1,10 +1,11 @@
 // y[M, N] = x[M, K] W[N, K]^T for many rows of x, on Hopper: as W x^T by wgmma. A tile of weights holds the
 // registers of operand a (16 outputs x 16 k); x is operand b, in shared memory.
 //
-// A block has two warpgroups and 256 outputs: warp w of each those of the w-th tile of 64, of which one
-// warpgroup takes the first half, the other the second, by two wgmmas of 16 outputs a warp. The blocks of a
-// cluster share a tile, each with its part of K; each adds up a part of the rows, in the order of the blocks:
-// the same bits each time.
+// A block has three warpgroups and 256 outputs. One warpgroup loads, stage by stage; two multiply: warp w of each
+// those of the w-th tile of 64, of which one takes the first half, the other the second, by two wgmmas of 16
+// outputs a warp. Neither waits for another but at the stages: `full` when one is loaded, `empty` when it has been
+// multiplied. The blocks of a cluster share a tile, each with its part of K; each adds up a part of the rows, in
+// the order of the blocks: the same bits each time.
 //
 // Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), MOE, TOKENS, K_TILES
 // (in a stage), STAGES.
@@ -22,7 +23,7 @@ struct Args {
     int M, N, K, N64, x_stride, groups, row_blocks, num_experts, top_k, wide_experts;
 };
 
-constexpr int THREADS = 256;
+constexpr int MULTIPLIERS = 256, LOADERS = 128, THREADS = MULTIPLIERS + LOADERS;
 constexpr int N_TILE = 256;
 constexpr u32 MOST_PARTS = 8;  // blocks in a cluster
 constexpr int TILE_BYTES = 128 * BITS;
@@ -44,11 +45,10 @@ constexpr int ZERO_BYTES = ASYM ? 32 * BITS : 0;
 constexpr int STAGE_BYTES = (ZEROS_AT + RUNS * ZERO_BYTES + 1023) / 1024 * 1024;
 constexpr int SUM_STRIDE = N_TILE + 4;
 constexpr int SUM_BYTES = TOKENS * SUM_STRIDE * 4;
-constexpr int SHARED_BYTES = 1024 + (STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES);
-static_assert(SHARED_BYTES == SHARED, "the caller counts otherwise");
-
-constexpr int ROW_STEP = THREADS / 8;  // eight threads load 64 k of a row
-constexpr int X_ROWS = (TOKENS + ROW_STEP - 1) / ROW_STEP;
+constexpr int STAGES_BYTES = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
+// Behind the stages: where each row of x is, null for none; and the barriers `full` and `empty` of each stage.
+constexpr int ROWS_AT = STAGES_BYTES, FULL_AT = ROWS_AT + 8 * TOKENS, EMPTY_AT = FULL_AT + 8 * STAGES;
+static_assert(1024 + EMPTY_AT + 8 * STAGES == SHARED, "the caller counts otherwise");
 
 // What a block of threads works on.
 struct Place {
@@ -77,80 +77,100 @@ DEVICE void place_tile(const Args& a, int tile, Place& p) {
     p.row_block = band * TOGETHER + in_band % rows;
 }
 
-// Where this thread takes its pieces of the weights from: a stage further with each call of `load_weights`.
+// Where a loader takes its pieces of the weights from: a stage further with each call of `load_weights`.
 struct Weights {
     const u8* from;
-    int left;  // k tiles from there on; none where the outputs do not exist
+    int k_tiles, n_tiles;  // that exist from there on
 };
 
-constexpr int PIECES = 4 * TILE_BYTES / 16;  // of a k tile
-constexpr int PIECE_TILES = THREADS / PIECES;  // k tiles of which all threads have a piece
-static_assert(THREADS % PIECES == 0 && K_TILES % PIECE_TILES == 0, "threads would have parts of pieces");
+constexpr int PIECES = 4 * TILE_BYTES / 16;                             // of a k tile, 16 bytes each
+constexpr int TURNS = PIECES / LOADERS, TURN_TILES = 4 / TURNS;         // that it takes to load one
+static_assert(PIECES % LOADERS == 0, "a loader would have parts of pieces");
 
-DEVICE Weights weights_of(const Args& a, const Place& p) {
-    const int k_tiles = a.K / 16, kt = p.begin * K_TILES + threadIdx.x / PIECES, at = threadIdx.x % PIECES * 16;
-    const u64 tile = (u64(p.expert) * k_tiles + kt) * a.N64 + p.n_tile * 4;
-    return {a.weights + tile * TILE_BYTES + at, p.n_tile * 4 + at / TILE_BYTES < a.N64 ? k_tiles - kt : 0};
+DEVICE Weights weights_of(const Args& a, const Place& p, int loader) {
+    const int k_tiles = a.K / 16, first = p.begin * K_TILES, at = loader * 16;
+    const u64 tile = (u64(p.expert) * k_tiles + first) * a.N64 + p.n_tile * 4;
+    return {a.weights + tile * TILE_BYTES + at, k_tiles - first, a.N64 - p.n_tile * 4 - at / TILE_BYTES};
 }
 
-DEVICE void load_weights(const Args& a, Weights& w, u32 stage) {
-    const u64 step = u64(a.N64) * (PIECE_TILES * TILE_BYTES);
+DEVICE void load_weights(const Args& a, Weights& w, int loader, u32 stage) {
 #pragma unroll
-    for (int i = 0; i < K_TILES / PIECE_TILES; ++i, w.from += step)
-        copy_async(stage + WEIGHTS_AT + (i * THREADS + threadIdx.x) * 16, w.from, w.left > i * PIECE_TILES);
-    w.left -= K_TILES;
+    for (int kt = 0; kt < K_TILES; ++kt) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) {
+            const int piece = turn * LOADERS * 16;
+            copy_async(stage + WEIGHTS_AT + kt * 4 * TILE_BYTES + piece + loader * 16, w.from + piece,
+                       w.k_tiles > kt && w.n_tiles > turn * TURN_TILES);
+        }
+        w.from += u64(a.N64) * TILE_BYTES;
+    }
+    w.k_tiles -= K_TILES;
 }
 
-// Scales by the first threads, zero points by the last.
-DEVICE void load_grid(const Args& a, const Place& p, int chunk, u32 stage) {
+// Scales by the first loaders, zero points by the last.
+DEVICE void load_grid(const Args& a, const Place& p, int chunk, int loader, u32 stage) {
     const int n0 = p.n_tile * 4;
-    auto load = [&](int thread, const u8* from, int at, int pieces, int bytes) {  // bytes: of 64 outputs
-        if (thread >= pieces * RUNS) return;
-        const int run = thread / pieces, piece = thread % pieces * 16;
+    auto load = [&](int nth, const u8* from, int at, int pieces, int bytes) {  // bytes: of 64 outputs
+        if (nth >= pieces * RUNS) return;
+        const int run = nth / pieces, piece = nth % pieces * 16;
         const int group = GROUPED ? (chunk * K_TILES + run * RUN) / (GROUPED ? GROUP_TILES : 1) : 0;
         const u64 row = (u64(p.expert) * a.groups + group) * a.N64 + n0;
-        copy_async(stage + at + thread * 16, from + row * bytes + piece,
-                   group < a.groups && n0 + piece / bytes < a.N64);
+        copy_async(stage + at + nth * 16, from + row * bytes + piece, group < a.groups && n0 + piece / bytes < a.N64);
     };
-    if (GROUPED) load(threadIdx.x, a.scales, SCALES_AT, 32, 128);
-    if (ASYM) load(THREADS - 1 - threadIdx.x, a.zeros, ZEROS_AT, 2 * BITS, 8 * BITS);
+    static_assert(32 * RUNS <= LOADERS, "a loader has one piece");
+    if (GROUPED) load(loader, a.scales, SCALES_AT, 32, 128);
+    if (ASYM) load(LOADERS - 1 - loader, a.zeros, ZEROS_AT, 2 * BITS, 8 * BITS);
 }
 
-// Likewise for x, from rows that may not be there.
-struct Rows {
-    const u8* from[X_ROWS];
-    bool there[X_ROWS];
-    int left;  // features
-};
-
-DEVICE Rows rows_of(const Args& a, const Place& p) {
-    Rows x;
-    const int k = p.begin * CHUNK + threadIdx.x % 8 * 8;
-    x.left = a.K - k;
-#pragma unroll
-    for (int i = 0; i < X_ROWS; ++i) {
-        const int token = i * ROW_STEP + threadIdx.x / 8;
-        const int row = TOKENS % ROW_STEP && token >= TOKENS ? -1 : row_of(a, p, token);
-        x.there[i] = row >= 0;
-        x.from[i] = a.x + (u64(row < 0 ? 0 : MOE ? row / a.top_k : row) * a.x_stride + k) * 2;
-    }
-    return x;
-}
-
-DEVICE void load_x(Rows& x, u32 stage) {
-    const int token = threadIdx.x / 8, piece = threadIdx.x % 8;  // rows of eight threads: 64 k
+// Eight loaders take 64 k of a row.
+DEVICE void load_x(const Args& a, const u8* const* rows, int chunk, int loader, u32 stage) {
+    constexpr int STEP = LOADERS / 8;
+    static_assert(TOKENS % STEP == 0, "some loaders would have no row");
+    const int token = loader / 8, piece = loader % 8, k = chunk * CHUNK + piece * 8;
     const u32 to = stage + token * 128 + ((piece ^ token % 8) << 4);
 #pragma unroll
-    for (int i = 0; i < X_ROWS; ++i) {
+    for (int i = 0; i < TOKENS / STEP; ++i) {
+        const u8* from = rows[i * STEP + token];
 #pragma unroll
-        for (int column = 0; column < K_TILES / 4; ++column) {
-            if (TOKENS % ROW_STEP && i * ROW_STEP + token >= TOKENS) continue;
-            copy_async(to + column * X_BYTES + i * (ROW_STEP * 128), x.from[i] + column * 128,
-                       x.there[i] && x.left > column * 64);
-        }
-        x.from[i] += 2 * CHUNK;
+        for (int column = 0; column < K_TILES / 4; ++column)
+            copy_async(to + column * X_BYTES + i * (STEP * 128), from + (k + column * 64) * 2,
+                       from && k + column * 64 < a.K);
     }
-    x.left -= CHUNK;
+}
+
+// What the loaders do: all chunks, as stages become free.
+DEVICE void load_all(const Args& a, const Place& p, u8* shared) {
+    const int loader = threadIdx.x - MULTIPLIERS, count = p.end - p.begin;
+    const u32 base = shared_address(shared);
+    const u8** rows = reinterpret_cast<const u8**>(shared + ROWS_AT);
+    Weights weights = weights_of(a, p, loader);
+    auto load_codes = [&](int chunk, u32 stage) {
+        load_weights(a, weights, loader, stage);
+        load_grid(a, p, p.begin + chunk, loader, stage);
+    };
+#pragma unroll 1
+    for (int i = 0; i < STAGES && i < count; ++i) load_codes(i, base + i * STAGE_BYTES);
+    if (!MOE) wait_for_kernels_before();  // it may have made x
+    if (loader < TOKENS) {
+        const int row = row_of(a, p, loader);
+        rows[loader] = row < 0 ? nullptr : a.x + u64(MOE ? row / a.top_k : row) * a.x_stride * 2;
+    }
+    sync_some<2, LOADERS>();
+    int place = 0;
+    u32 round = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+        const u32 stage = base + place * STAGE_BYTES;
+        if (i >= STAGES) {
+            barrier_wait(base + EMPTY_AT + place * 8, round - 1 & 1);
+            load_codes(i, stage);
+        }
+        load_x(a, rows, p.begin + i, loader, stage);
+        barrier_arrive_after_copies(base + FULL_AT + place * 8);
+        if (++place == STAGES) place = 0, ++round;
+    }
+    copy_commit();
+    copy_wait<0>();
 }
 
 // Of one run of k, for the outputs of this lane: (g, g + 8) twice.
@@ -238,14 +258,14 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS 
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i)
             to[(i / 4 * 8 + i % 2) * SUM_STRIDE + j * 16 + i % 4 / 2 * 8] = sums[j][i];
-    __syncthreads();
+    sync_some<1, MULTIPLIERS>();
     const u32 parts = cluster_size(), rank = cluster_rank();
     if (parts > 1) {
         cluster_arrive();
         cluster_wait();
     }
     const int first = TOKENS * rank / parts, last = TOKENS * (rank + 1) / parts;
-    for (int i = threadIdx.x; i < (last - first) * (N_TILE / 4); i += THREADS) {
+    for (int i = threadIdx.x; i < (last - first) * (N_TILE / 4); i += MULTIPLIERS) {
         const int token = first + i / (N_TILE / 4), n = i % (N_TILE / 4) * 4;
         const int row = row_of(a, p, token);
         if (row < 0 || p.n_tile * N_TILE + n >= a.N) continue;
@@ -270,6 +290,46 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS 
     cluster_wait();  // what others read stays
 }
 
+// What the others do. registers: of operand a, of this 16 k and the next.
+DEVICE void multiply_all(const Args& a, const Place& p, u8* shared) {
+    const u32 base = shared_address(shared), magic = in_register(MAGIC);
+    const int count = p.end - p.begin;
+    float sums[2][TOKENS / 2];  // the first wgmmas set them
+    u32 registers[2][2][4];
+    Stage now, next;
+    barrier_wait(base + FULL_AT, 0);
+    show_to_wgmma();
+    read_stage(shared, now);
+    int place = 0;
+    u32 round = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+        const u64 matrix = wgmma_matrix(base + place * STAGE_BYTES);
+        const u32 before = base + EMPTY_AT + (place ? place - 1 : STAGES - 1) * 8;
+        if (++place == STAGES) place = 0, ++round;
+#pragma unroll
+        for (int kt = 0; kt < K_TILES; ++kt) {
+            dequantize_step(now.q[kt], now.grids[kt / RUN % (RUNS ? RUNS : 1)], magic, registers[kt % 2]);
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+                wgmma(sums[j], registers[kt % 2][j], wgmma_further(matrix, kt / 4 * X_BYTES + kt % 4 * 32), i + kt > 0);
+            wgmma_commit();
+            if (kt == K_TILES / 2 && i + 1 < count) {  // wgmma has work meanwhile
+                barrier_wait(base + FULL_AT + place * 8, round & 1);
+                show_to_wgmma();
+                read_stage(shared + place * STAGE_BYTES, next);
+            }
+            wgmma_wait<1>();
+            if (kt == 0 && i > 0 && threadIdx.x % 32 == 0) barrier_arrive(before);
+        }
+        now = next;
+    }
+    wgmma_wait<0>();
+    sync_some<1, MULTIPLIERS>();  // sums take the place of stages
+    finish(a, p, sums, shared);
+}
+
 KERNEL(THREADS, 1) marlin_wide(const Args a) {
     let_next_kernel_start();
     SHARED_MEMORY(memory);
@@ -287,64 +347,16 @@ KERNEL(THREADS, 1) marlin_wide(const Args a) {
         p.expert = expert_of(a, p.row_block);
         if (p.expert < 0) return;
     }
-    const int count = p.end - p.begin;
-    Weights weights = weights_of(a, p);
-    auto load_codes = [&](int chunk, u32 stage) {
-        load_weights(a, weights, stage);
-        load_grid(a, p, p.begin + chunk, stage);
-    };
-#pragma unroll 1
-    for (int s = 0; s < STAGES - 1 && s < count; ++s) load_codes(s, base + s * STAGE_BYTES);
-    if (!MOE) wait_for_kernels_before();  // it may have made x
-    Rows x = rows_of(a, p);
-#pragma unroll 1
-    for (int s = 0; s < STAGES - 1; ++s) {
-        if (s < count) load_x(x, base + s * STAGE_BYTES);
-        copy_commit();
+    if (threadIdx.x < STAGES) {
+        barrier_init(base + FULL_AT + threadIdx.x * 8, LOADERS);
+        barrier_init(base + EMPTY_AT + threadIdx.x * 8, MULTIPLIERS / 32);
     }
-
-    const u32 magic = in_register(MAGIC);
-    float sums[2][TOKENS / 2];  // the first wgmmas set them
-    u32 registers[2][2][4];
-    Stage now, next;
-    auto read = [&](int place, Stage& to) {
-        show_to_wgmma();
-        __syncthreads();
-        read_stage(shared + place * STAGE_BYTES, to);
-    };
-    copy_wait<STAGES - 2>();
-    read(0, now);
-    int at = 0;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-        const u64 matrix = wgmma_matrix(base + at * STAGE_BYTES);
-        const int before = at ? at - 1 : STAGES - 1;
-        at = at + 1 == STAGES ? 0 : at + 1;
-#pragma unroll
-        for (int kt = 0; kt < K_TILES; ++kt) {
-            dequantize_step(now.q[kt], now.grids[kt / RUN % (RUNS ? RUNS : 1)], magic, registers[kt % 2]);
-            wgmma_fence();
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-                wgmma(sums[j], registers[kt % 2][j], wgmma_further(matrix, kt / 4 * X_BYTES + kt % 4 * 32), i + kt > 0);
-            wgmma_commit();
-            // The next stage is taken over here, so that wgmma has work meanwhile; the one before is free, since
-            // its last wgmmas have been waited for.
-            if (kt == K_TILES / 2 && i + 1 < count) {
-                copy_wait<STAGES - 3>();
-                read(at, next);
-                if (i + STAGES - 1 < count) {
-                    load_codes(i + STAGES - 1, base + before * STAGE_BYTES);
-                    load_x(x, base + before * STAGE_BYTES);
-                }
-                copy_commit();
-            }
-            wgmma_wait<1>();
-        }
-        now = next;
-    }
-    wgmma_wait<0>();
-    copy_wait<0>();
     __syncthreads();
-    finish(a, p, sums, shared);
+    if (threadIdx.x >= MULTIPLIERS) {
+        fewer_registers<40>();
+        load_all(a, p, shared);
+    } else {
+        more_registers<232>();
+        multiply_all(a, p, shared);
+    }
 }
