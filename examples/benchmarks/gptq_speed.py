@@ -26,8 +26,8 @@ from gptq_fx.gptq import inverse_factor
 from gptq_fx.grid import Search
 from gptq_fx.kernels.solver import solver_for
 from gptq_fx.weight import QuantizedWeight
-from gpu_decode import CONFIGS
 from gpu_quality import perplexity
+from random_models import CONFIGS, build, configure
 from smollm2 import checkpoint
 from table import conditions, markdown, parser, publish
 from texts import windows
@@ -59,13 +59,6 @@ HEAD = ["", "all, s", *PHASES, "rest", "peak GB"]
 
 def on_gpu(device: str) -> bool:
     return device.startswith("cuda")
-
-
-def build(config: PretrainedConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
 
 
 def tokens(model: PreTrainedModel, args: argparse.Namespace) -> list[dict[str, Tensor]]:
@@ -296,9 +289,7 @@ def main() -> None:
     args = cli.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
-    config = CONFIGS[args.model]()
-    if args.layers:
-        config.num_hidden_layers = args.layers
+    config = configure(args.model, args.layers)
     if args.profile:
         publish(profile(config, args), args.out)
         return

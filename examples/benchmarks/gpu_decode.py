@@ -18,49 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3MoeConfig, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 import gptq_fx
+from random_models import CONFIGS, build, configure
 from table import conditions, markdown, parser, publish
 
 CONTEXT, STEPS, PREFILL = 256, 127, 2048
-
-CONFIGS = {
-    "llama-3.1-8b": lambda: LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    ),
-    "qwen3-30b-a3b": lambda: Qwen3MoeConfig(
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        vocab_size=151936,
-        max_position_embeddings=40960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-    ),
-    "tiny": lambda: LlamaConfig(  # to try this program, not to measure
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=1024,
-        max_position_embeddings=4096,
-    ),
-}
 
 
 def say(*words: object) -> None:
@@ -85,13 +49,6 @@ def free() -> None:
 
 def gigabytes(ask: Callable[[], Any]) -> float:
     return (ask() or 0) / 1e9 if on_gpu() else 0.0
-
-
-def build(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.bfloat16)
-    return model.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -312,7 +269,7 @@ def main() -> None:
             if model is None or made_by != variant.prepare:
                 model = None
                 free()
-                model = build(args.model)
+                model = build(configure(args.model), DEVICE)
                 say(f"{label}: model built, {gigabytes(torch.cuda.memory_allocated):.2f} GB")
                 variant.prepare(model)
                 made_by = variant.prepare

@@ -22,47 +22,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache
 
 import gptq_fx
 from gptq_fx.packed import PackedWeight
 from gptq_fx.parallel import distribute, is_split, run_local
 from gptq_fx.parameter import as_parameter
 from gptq_fx.weight import QuantizedWeight
+from random_models import build, configure
 from table import conditions, markdown, parser, publish
 
 CONTEXT, STEPS, GROUP = 256, 64, 128
-ROPE = {"rope_type": "default", "rope_theta": 500000.0}
-SIZES = {
-    "70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    # to try this program, not to measure
-    "tiny": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8},
-}
+MODELS = ("llama-3.1-70b", "llama-3.1-8b", "tiny")
 START = time.perf_counter()
-
-
-def config(name: str, layers: int | None = None) -> LlamaConfig:
-    size = {**SIZES[name], **({"num_hidden_layers": layers} if layers else {})}
-    vocabulary = 1024 if name == "tiny" else 128256
-    return LlamaConfig(
-        **size,
-        num_key_value_heads=8,
-        vocab_size=vocabulary,
-        max_position_embeddings=131072,
-        rope_parameters=ROPE,
-        tie_word_embeddings=False,
-    )
 
 
 # --- the jobs, on each rank
@@ -126,7 +98,7 @@ def fill(model: nn.Module, device: torch.device) -> None:
 def decode(name: str, layers: int | None, mode: str) -> dict[str, Any]:
     device = here()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(configure(name, layers), dtype=torch.bfloat16)
     if ranks() > 1:
         model = distribute(model, {"tp_size": ranks()})
     fill(model.eval().requires_grad_(False), device)
@@ -134,7 +106,7 @@ def decode(name: str, layers: int | None, mode: str) -> dict[str, Any]:
     say(f"model made, {memory(device, 'memory_allocated'):.2f} GB")
     cache = StaticCache(model.config, max_cache_len=CONTEXT + STEPS + 1)
     head = model.config.hidden_size // model.config.num_attention_heads
-    cache.early_initialization(1, 8 // ranks(), head, torch.bfloat16, device)
+    cache.early_initialization(1, model.config.num_key_value_heads // ranks(), head, torch.bfloat16, device)
     ids = torch.randint(1000, (1, CONTEXT), generator=torch.Generator().manual_seed(1)).to(device)
 
     def step(tokens: Tensor) -> Tensor:
@@ -178,10 +150,7 @@ def calibrate(name: str, layers: int | None, shape: tuple[int, int], batch: int)
     group = dist.group.WORLD if dist.is_initialized() else None
 
     def run(layers: int | None, sequences: int) -> dict[str, Any]:
-        torch.manual_seed(0)
-        with device:
-            model = AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16)
-        model.eval().requires_grad_(False)
+        model = build(configure(name, layers), device)
         rng = torch.Generator().manual_seed(2)
         ids = torch.randint(model.config.vocab_size, (sequences, shape[1]), generator=rng).to(device)
         batches = [{"input_ids": part} for part in ids.split(batch)]
@@ -286,10 +255,10 @@ def main() -> None:
     cli = parser(__doc__.splitlines()[0])
     cli.add_argument("--only", nargs="+", choices=["decode", "calibrate"], default=["decode", "calibrate"])
     cli.add_argument("--gpus", nargs="+", type=int, choices=[1, 2], default=[1, 2])
-    cli.add_argument("--decode-model", choices=SIZES, default="70b")
+    cli.add_argument("--decode-model", choices=MODELS, default="llama-3.1-70b")
     cli.add_argument("--decode-layers", type=int)
     cli.add_argument("--mode", default="reduce-overhead", help='Inductor\'s; "default" makes no CUDA graphs')
-    cli.add_argument("--calibration-model", choices=SIZES, default="8b")
+    cli.add_argument("--calibration-model", choices=MODELS, default="llama-3.1-8b")
     cli.add_argument("--layers", type=int, help="of the model to calibrate; all, if left out")
     cli.add_argument("--sequences", type=int, default=128)
     cli.add_argument("--length", type=int, default=2048)
