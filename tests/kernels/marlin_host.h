@@ -403,6 +403,21 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
     host::self().parity = parity;
     host::leave(host::AT_BARRIER);
 }
+DEVICE void store_matrices_turned(const u32 (&r)[4], u32 address) {
+    struct Operand { const u32* r; u32 address; } operand = {r, address};
+    host::with_warp(&operand, nullptr, [] {
+        host::Fiber* warp = &host::self();
+        for (int lane = 0; lane < 32; ++lane)
+            for (int m = 0; m < 4; ++m)
+                for (int e = 0; e < 2; ++e) {  // (row, column) of matrix m, to row `column` of what it becomes
+                    const int row = lane / 4, column = lane % 4 * 2 + e;
+                    const u32 to = static_cast<const Operand*>(warp[8 * m + column].operand)->address;
+                    if (to % 16) host::fail("a row of a matrix is not aligned");
+                    const u16 x = static_cast<const Operand*>(warp[lane].operand)->r[m] >> (16 * e);
+                    std::memcpy(host::shared + to + row * 2, &x, 2);
+                }
+    });
+}
 DEVICE void show_to_wgmma() {}
 DEVICE void wgmma_fence() {}
 DEVICE void wgmma_commit() {}

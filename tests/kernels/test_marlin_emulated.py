@@ -178,6 +178,34 @@ def test_each_tile_of_wgmma(M):
     assert set(HostFunction.launches) == {"marlin_permute", "marlin_wide"}
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("N", [1000, 1100])
+def test_tiles_that_two_blocks_of_wgmma_share(monkeypatch, N, bits):
+    """More tiles than blocks: the last to come adds the other's part, whichever of the two it is."""
+    monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=2))
+    spec, weight = make(N, 608, bits, 32 if N % 8 else -1, sym=False)
+    check(spec, weight, 140)
+    x, found = torch.randn(140, 608).to(spec.dtype), []
+    for order in (0, 1, 5):
+        monkeypatch.setattr(HostFunction, "order", order)
+        found.append(run(spec, weight, x))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert HostFunction.clusters_launched == {1}
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_experts_whose_tiles_two_blocks_share(monkeypatch, order):
+    monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=2))
+    monkeypatch.setattr(HostFunction, "order", order)
+    spec, weight = make(520, 400, size=-1, experts=4)
+    tensors = marlin.MARLIN.pack_all(weight, spec)
+    x, ids = torch.randn(300, 400).to(spec.dtype), torch.randint(5, (300,))
+    y = ops.marlin_indexed(x, *tensors, ids, *marlin.MARLIN.op_args(spec))
+    assert relative_error(y, expected_rows(weight, x, ids.tolist())) <= LIMIT
+    assert HostFunction.clusters_launched == {1}
+
+
 @pytest.mark.parametrize(("experts", "rows"), [(3, 70), (2, 250)])
 def test_experts_with_many_rows_by_wgmma(experts, rows):
     spec, weight = make(328, 256, sym=False, experts=experts)

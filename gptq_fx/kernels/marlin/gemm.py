@@ -13,10 +13,10 @@ from gptq_fx.kernels.marlin.launch import Function, counters, device, pointer
 from gptq_fx.kernels.marlin.variants import Tile, Variant, WideTile, WideVariant
 
 GEMM_ARGUMENTS = "12Q10i"
-WIDE_ARGUMENTS = "9Q10i"
+WIDE_ARGUMENTS = "11Q10i"
 MOST_CLUSTER = 8  # blocks; what every GPU with clusters admits
-# What a block does beside its chunks of K, and what a cluster does more, in the time of chunks.
-WIDE_OVERHEAD, CLUSTER_OVERHEAD = 3, 1
+# What it takes to add up a cluster, and tiles that two blocks share, in the time of chunks of K.
+CLUSTER_OVERHEAD, SHARED_TILE = 4, 2
 # Of weights that are dequantized at a time for a dense GEMM.
 SCRATCH_BYTES = 256 * 2**20
 
@@ -159,9 +159,11 @@ def wide_function(
 def _parts(function: Function, tiles: int, chunks: int) -> int:
     """How many blocks shall share a tile of the output: what ends first, as far as that can be told."""
 
-    def time(parts: int) -> int:
+    def time(parts: int) -> float:
+        if parts == 1 and tiles > function.resident:
+            return tiles / function.resident * chunks + SHARED_TILE
         waves = -(-tiles // function.clusters(parts))
-        return waves * (-(-chunks // parts) + WIDE_OVERHEAD + CLUSTER_OVERHEAD * (parts > 1))
+        return waves * (-(-chunks // parts) + CLUSTER_OVERHEAD * (parts > 1))
 
     possible = [p for p in range(1, min(MOST_CLUSTER, chunks) + 1) if function.clusters(p)]
     return min(possible, key=time)
@@ -184,8 +186,13 @@ def wide(
     row_blocks = -(-x.shape[0] // tile.tokens) if blocks is None else blocks.most
     tiles = row_blocks * -(-N64 * 64 // tile.outputs)
     parts = _parts(function, tiles, -(-K // (16 * tile.k_tiles)))
+    grid = tiles * parts if parts > 1 else min(tiles, function.resident)
+    # Of tiles that two blocks share.
+    partials = torch.empty(
+        grid * 2 * tile.tokens * tile.outputs * (parts == 1), dtype=torch.float32, device=x.device
+    )
     function(
-        tiles * parts,
+        grid,
         1,
         x.data_ptr(),
         w.packed.data_ptr(),
@@ -194,6 +201,8 @@ def wide(
         pointer(bias),
         out.data_ptr(),
         *((0, 0, 0) if blocks is None else (blocks.experts, blocks.rows, blocks.count)),
+        partials.data_ptr(),
+        counters(index),
         x.shape[0],
         w.out_features,
         K,

@@ -13,3 +13,14 @@ DEVICE void store_four(u16* row, const u16* bias, int N, int n, Float4 f) {
     for (int i = 0; i < 4; ++i)
         if (n + i < N) row[n + i] = u16((i < 2 ? low : high) >> (16 * (i % 2)));
 }
+
+// Eight outputs, as they are.
+DEVICE void store_eight(u16* row, int N, int n, const Quad& q) {
+    if (N % 8 == 0) {
+        if (n < N) *reinterpret_cast<Quad*>(row + n) = q;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        if (n + i < N) row[n + i] = u16(q.v[i / 2] >> (16 * (i % 2)));
+}

@@ -172,6 +172,13 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
                  "@!done bra again; }" ::"r"(barrier), "r"(parity)
                  : "memory");
 }
+// Four 8x8 matrices of 16-bit values, as mma leaves them, with rows and columns exchanged; lane l names row l % 8 of
+// what matrix l / 8 becomes.
+DEVICE void store_matrices_turned(const u32 (&r)[4], u32 address) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
 // Makes what this thread has stored or copied visible to wgmma.
 DEVICE void show_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

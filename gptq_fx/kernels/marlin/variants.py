@@ -142,10 +142,11 @@ class WideVariant:
     def shared_bytes(self, stages: int) -> int:
         """Of a block: its stages, or in their place the sums; and room to begin at a multiple of 1024.
 
-        Behind them, addresses of the rows of x, and two barriers for each stage.
+        Behind them, addresses of the rows of x, two barriers for each stage, and room to turn outputs.
         """
         sums = self.tile.tokens * (self.tile.outputs + 4) * 4
-        return 1024 + max(stages * self.stage_bytes, sums) + 8 * self.tile.tokens + 16 * stages
+        behind = 8 * self.tile.tokens + 16 * stages + 8 * 16 * 80 + 16
+        return 1024 + max(stages * self.stage_bytes, sums) + behind
 
     def fit(self, per_multiprocessor: int, per_block: int) -> int:
         """How many stages fit so many bytes of shared memory."""

@@ -4,8 +4,11 @@
 // A block has three warpgroups and 256 outputs. One warpgroup loads, stage by stage; two multiply: warp w of each
 // those of the w-th tile of 64, of which one takes the first half, the other the second, by two wgmmas of 16
 // outputs a warp. Neither waits for another but at the stages: `full` when one is loaded, `empty` when it has been
-// multiplied. The blocks of a cluster share a tile, each with its part of K; each adds up a part of the rows, in
-// the order of the blocks: the same bits each time.
+// multiplied.
+//
+// Few tiles: the blocks of a cluster share one, each with its part of K; each adds up a part of the rows, in the
+// order of the blocks. Many tiles: each block takes as many chunks of k as the others, through tile after tile;
+// where two share one, the last to come adds what the other has left in `partials`. The same bits each time.
 //
 // Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), MOE, TOKENS, K_TILES
 // (in a stage), STAGES.
@@ -20,6 +23,8 @@ struct Args {
     const void* experts;   // MOE: of each block of rows; none where not in [0, num_experts)
     const int* rows;       // MOE: [*, TOKENS] row of out, -1: none
     const int* num_blocks; // MOE: of rows
+    float* partials;       // [blocks, 2, TOKENS * 256]: of the first and the last tile of a block
+    int* counters;         // [blocks] zeros, left as such: of the tile that a block shares with the next
     int M, N, K, N64, x_stride, groups, row_blocks, num_experts, top_k, wide_experts;
 };
 
@@ -46,14 +51,39 @@ constexpr int STAGE_BYTES = (ZEROS_AT + RUNS * ZERO_BYTES + 1023) / 1024 * 1024;
 constexpr int SUM_STRIDE = N_TILE + 4;
 constexpr int SUM_BYTES = TOKENS * SUM_STRIDE * 4;
 constexpr int STAGES_BYTES = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
-// Behind the stages: where each row of x is, null for none; and the barriers `full` and `empty` of each stage.
+// Behind the stages: where each row of x is, null for none; the barriers `full` and `empty` of each stage; for each
+// warp a place to turn 16 rows of 32 outputs, and a number for all.
 constexpr int ROWS_AT = STAGES_BYTES, FULL_AT = ROWS_AT + 8 * TOKENS, EMPTY_AT = FULL_AT + 8 * STAGES;
-static_assert(1024 + EMPTY_AT + 8 * STAGES == SHARED, "the caller counts otherwise");
+constexpr int TURNED_STRIDE = 64 + 16, TURNED_BYTES = 16 * TURNED_STRIDE;
+constexpr int TURNED_AT = EMPTY_AT + 8 * STAGES, NUMBER_AT = TURNED_AT + MULTIPLIERS / 32 * TURNED_BYTES;
+static_assert(1024 + NUMBER_AT + 16 == SHARED, "the caller counts otherwise");
 
-// What a block of threads works on.
+// What a block has to do: chunks of k, counted through all tiles.
+struct Share {
+    u32 at, end;
+};
+
+// Of one tile.
 struct Place {
     int n_tile, row_block, expert, begin, end;  // chunks of k
 };
+
+DEVICE u32 chunks_of_tile(const Args& a) { return (a.K / 16 + K_TILES - 1) / K_TILES; }
+
+DEVICE Share share_of(const Args& a, int row_blocks) {
+    const u32 tiles = u32(row_blocks) * ((a.N64 + 3) / 4), chunks = chunks_of_tile(a), parts = cluster_size();
+    if (parts > 1) {
+        const u32 tile = blockIdx.x / parts, rank = cluster_rank(), before = tile * chunks;
+        if (tile >= tiles) return {0, 0};
+        return {before + chunks * rank / parts, before + chunks * (rank + 1) / parts};
+    }
+    if (tiles <= gridDim.x) {
+        const u32 before = blockIdx.x * chunks;
+        return blockIdx.x < tiles ? Share{before, before + chunks} : Share{0, 0};
+    }
+    const u64 all = u64(tiles) * chunks;
+    return {u32(all * blockIdx.x / gridDim.x), u32(all * (blockIdx.x + 1) / gridDim.x)};
+}
 
 DEVICE int expert_of(const Args& a, int row_block) {
     return MOE ? expert_at(a.experts, a.wide_experts, row_block, a.num_experts) : 0;
@@ -66,15 +96,19 @@ DEVICE int row_of(const Args& a, const Place& p, int token) {
     return row < a.M ? row : -1;
 }
 
-// Tiles that share weights follow each other, eight blocks of rows at a time.
-DEVICE void place_tile(const Args& a, int tile, Place& p) {
+// The next tile of a share. Tiles that share weights follow each other, eight blocks of rows at a time.
+DEVICE Place place_of(const Args& a, const Share& s, int row_blocks) {
     constexpr int TOGETHER = 8;
-    const int n_tiles = (a.N64 + 3) / 4;
-    const int band = tile / (TOGETHER * n_tiles), left = a.row_blocks - band * TOGETHER;
-    const int rows = left < TOGETHER ? left : TOGETHER;
-    const int in_band = tile - band * TOGETHER * n_tiles;
+    const int n_tiles = (a.N64 + 3) / 4, chunks = chunks_of_tile(a), tile = s.at / chunks;
+    const int band = tile / (TOGETHER * n_tiles), left = row_blocks - band * TOGETHER;
+    const int rows = left < TOGETHER ? left : TOGETHER, in_band = tile - band * TOGETHER * n_tiles;
+    Place p;
     p.n_tile = in_band / rows;
     p.row_block = band * TOGETHER + in_band % rows;
+    p.begin = s.at - tile * chunks;
+    p.end = s.end - s.at < u32(chunks - p.begin) ? p.begin + int(s.end - s.at) : chunks;
+    p.expert = expert_of(a, p.row_block);
+    return p;
 }
 
 // Where a loader takes its pieces of the weights from: a stage further with each call of `load_weights`.
@@ -139,35 +173,43 @@ DEVICE void load_x(const Args& a, const u8* const* rows, int chunk, int loader, 
 }
 
 // What the loaders do: all chunks, as stages become free.
-DEVICE void load_all(const Args& a, const Place& p, u8* shared) {
-    const int loader = threadIdx.x - MULTIPLIERS, count = p.end - p.begin;
+DEVICE void load_all(const Args& a, Share share, int row_blocks, u8* shared) {
+    const int loader = threadIdx.x - MULTIPLIERS;
     const u32 base = shared_address(shared);
     const u8** rows = reinterpret_cast<const u8**>(shared + ROWS_AT);
-    Weights weights = weights_of(a, p, loader);
-    auto load_codes = [&](int chunk, u32 stage) {
-        load_weights(a, weights, loader, stage);
-        load_grid(a, p, p.begin + chunk, loader, stage);
-    };
-#pragma unroll 1
-    for (int i = 0; i < STAGES && i < count; ++i) load_codes(i, base + i * STAGE_BYTES);
-    if (!MOE) wait_for_kernels_before();  // it may have made x
-    if (loader < TOKENS) {
-        const int row = row_of(a, p, loader);
-        rows[loader] = row < 0 ? nullptr : a.x + u64(MOE ? row / a.top_k : row) * a.x_stride * 2;
-    }
-    sync_some<2, LOADERS>();
-    int place = 0;
+    int nth = 0, place = 0, early = 0;  // early: chunks whose weights came before x
     u32 round = 0;
+    bool waited = MOE;
+    for (; share.at < share.end;) {
+        const Place p = place_of(a, share, row_blocks);
+        share.at += p.end - p.begin;
+        if (p.expert < 0) continue;
+        Weights weights = weights_of(a, p, loader);
+        auto load_codes = [&](int chunk, u32 stage) {
+            load_weights(a, weights, loader, stage);
+            load_grid(a, p, chunk, loader, stage);
+        };
+        if (!waited) {
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-        const u32 stage = base + place * STAGE_BYTES;
-        if (i >= STAGES) {
-            barrier_wait(base + EMPTY_AT + place * 8, round - 1 & 1);
-            load_codes(i, stage);
+            for (; early < 2 && p.begin + early < p.end; ++early) load_codes(p.begin + early, base + early * STAGE_BYTES);
+            wait_for_kernels_before();  // they may have made x
+            waited = true;
         }
-        load_x(a, rows, p.begin + i, loader, stage);
-        barrier_arrive_after_copies(base + FULL_AT + place * 8);
-        if (++place == STAGES) place = 0, ++round;
+        sync_some<2, LOADERS>();  // all are done with the rows before
+        if (loader < TOKENS) {
+            const int row = row_of(a, p, loader);
+            rows[loader] = row < 0 ? nullptr : a.x + u64(MOE ? row / a.top_k : row) * a.x_stride * 2;
+        }
+        sync_some<2, LOADERS>();
+#pragma unroll 1
+        for (int chunk = p.begin; chunk < p.end; ++chunk, ++nth) {
+            const u32 stage = base + place * STAGE_BYTES;
+            if (nth >= STAGES) barrier_wait(base + EMPTY_AT + place * 8, (round - 1) & 1);
+            if (nth >= early) load_codes(chunk, stage);
+            load_x(a, rows, chunk, loader, stage);
+            barrier_arrive_after_copies(base + FULL_AT + place * 8);
+            if (++place == STAGES) place = 0, ++round;
+        }
     }
     copy_commit();
     copy_wait<0>();
@@ -248,8 +290,8 @@ DEVICE void store(const Args& a, const Place& p, int row, int n, Float4 f) {
     store_four(a.out + u64(row) * a.N, a.bias ? a.bias + u64(p.expert) * a.N : nullptr, a.N, n, f);
 }
 
-// Add up the blocks of the cluster.
-DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS / 2], u8* shared) {
+// Add up the blocks of the cluster, in the place of its stages.
+DEVICE void finish_cluster(const Args& a, const Place& p, const float (&sums)[2][TOKENS / 2], u8* shared) {
     const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     float* added = reinterpret_cast<float*>(shared);
     float* to = added + lane % 4 * 2 * SUM_STRIDE + warp * 64 + group * 32 + lane / 4;
@@ -260,93 +302,169 @@ DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS 
             to[(i / 4 * 8 + i % 2) * SUM_STRIDE + j * 16 + i % 4 / 2 * 8] = sums[j][i];
     sync_some<1, MULTIPLIERS>();
     const u32 parts = cluster_size(), rank = cluster_rank();
-    if (parts > 1) {
-        cluster_arrive();
-        cluster_wait();
-    }
+    cluster_arrive();
+    cluster_wait();
     const int first = TOKENS * rank / parts, last = TOKENS * (rank + 1) / parts;
     for (int i = threadIdx.x; i < (last - first) * (N_TILE / 4); i += MULTIPLIERS) {
         const int token = first + i / (N_TILE / 4), n = i % (N_TILE / 4) * 4;
         const int row = row_of(a, p, token);
         if (row < 0 || p.n_tile * N_TILE + n >= a.N) continue;
         const u32 from = shared_address(added + token * SUM_STRIDE + n);
-        Float4 f = load_from_cluster(from, 0);
-        if (parts > 1) {
-            Float4 others[MOST_PARTS];
+        Float4 each[MOST_PARTS];
 #pragma unroll
-            for (u32 r = 1; r < MOST_PARTS; ++r)
-                if (r < parts) others[r] = load_from_cluster(from, r);
+        for (u32 r = 0; r < MOST_PARTS; ++r)
+            if (r < parts) each[r] = load_from_cluster(from, r);
+        Float4 f = each[0];
 #pragma unroll
-            for (u32 r = 1; r < MOST_PARTS; ++r)
+        for (u32 r = 1; r < MOST_PARTS; ++r)
 #pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    if (r < parts) f.v[j] += others[r].v[j];
-        }
+            for (int j = 0; j < 4; ++j)
+                if (r < parts) f.v[j] += each[r].v[j];
         store(a, p, row, p.n_tile * N_TILE + n, f);
     }
-    if (parts == 1) return;
     __syncwarp();
     cluster_arrive_relaxed();
     cluster_wait();  // what others read stays
 }
 
-// What the others do. registers: of operand a, of this 16 k and the next.
-DEVICE void multiply_all(const Args& a, const Place& p, u8* shared) {
+// Add what another block has of the same tile; false where it will do so with ours.
+DEVICE bool add_other(const Args& a, const Place& p, float (&sums)[2][TOKENS / 2], u8* shared) {
+    const bool last = p.end < int(chunks_of_tile(a));  // of this block's tiles; else its first
+    const int own = 2 * blockIdx.x + last, other = last ? own + 1 : own - 1;
+    int* counter = a.counters + (last ? own : other) / 2;
+    volatile int* there = reinterpret_cast<volatile int*>(shared + NUMBER_AT);
+    auto partial = [&](int of, int i) {
+        return a.partials + ((u64(of) * (TOKENS / 4) + i) * MULTIPLIERS + threadIdx.x) * 4;
+    };
+    if (threadIdx.x == 0) *there = last ? atomicAdd(counter, 0) : 0;  // the first tile is another's last: not there yet
+    sync_some<1, MULTIPLIERS>();
+    bool add = *there;
+    if (!add) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 4; ++i)
+            *reinterpret_cast<Float4*>(partial(own, i)) = {sums[i % 2][i / 2 * 4], sums[i % 2][i / 2 * 4 + 1],
+                                                           sums[i % 2][i / 2 * 4 + 2], sums[i % 2][i / 2 * 4 + 3]};
+        __threadfence();
+        sync_some<1, MULTIPLIERS>();
+        if (threadIdx.x == 0) *there = atomicAdd(counter, 1);
+        sync_some<1, MULTIPLIERS>();
+        add = *there;
+    }
+    if (!add) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < TOKENS / 4; ++i) {
+        const Float4 f = load_shared_between_blocks(partial(other, i));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i % 2][i / 2 * 4 + j] += f.v[j];
+    }
+    if (threadIdx.x == 0) *counter = 0;
+    return true;
+}
+
+// A tile that is complete: each warp turns its 32 outputs, 16 rows at a time, so that it stores whole sectors.
+DEVICE void finish(const Args& a, const Place& p, const float (&sums)[2][TOKENS / 2], u8* shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first = p.n_tile * N_TILE + warp % 4 * 64 + warp / 4 * 32;
+    float factor[2][2], added[2][2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int n = first + j * 16 + r * 8 + lane / 4;
+            factor[j][r] = GROUPED || n >= a.N ? 1 : channel_scale(a, p, n);
+            added[j][r] = a.bias && n < a.N ? to_float(a.bias[u64(p.expert) * a.N + n]) : 0;
+        }
+    u8* turned = shared + TURNED_AT + warp * TURNED_BYTES;
+#pragma unroll
+    for (int t = 0; t < TOKENS / 8; t += 2) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            u32 pairs[4];  // of two rows
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float* f = &sums[i / 2][(t + h) * 4 + i % 2 * 2];
+                const float scale = factor[i / 2][i % 2], more = added[i / 2][i % 2];
+                pairs[i] = from_floats(f[0] * scale + more, f[1] * scale + more);
+            }
+            store_matrices_turned(pairs, shared_address(turned + (h * 8 + lane % 8) * TURNED_STRIDE + lane / 8 * 16));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int row = row_of(a, p, (t + h) * 8 + lane / 4), n = first + lane % 4 * 8;
+            const u8* from = turned + (h * 8 + lane / 4) * TURNED_STRIDE + lane % 4 * 16;
+            if (row >= 0) store_eight(a.out + u64(row) * a.N, a.N, n, *reinterpret_cast<const Quad*>(from));
+        }
+        __syncwarp();
+    }
+}
+
+// What the others do: all chunks, tile after tile. registers: of operand a, of this 16 k and the next.
+DEVICE void multiply_all(const Args& a, Share share, int row_blocks, u8* shared) {
     const u32 base = shared_address(shared), magic = in_register(MAGIC);
-    const int count = p.end - p.begin;
-    float sums[2][TOKENS / 2];  // the first wgmmas set them
+    float sums[2][TOKENS / 2];  // the first wgmmas of a tile set them
     u32 registers[2][2][4];
     Stage now, next;
-    barrier_wait(base + FULL_AT, 0);
-    show_to_wgmma();
-    read_stage(shared, now);
     int place = 0;
     u32 round = 0;
+    auto take = [&](Stage& to) {
+        barrier_wait(base + FULL_AT + place * 8, round & 1);
+        show_to_wgmma();
+        read_stage(shared + place * STAGE_BYTES, to);
+    };
+    auto give_back = [&](int stage) {
+        if (threadIdx.x % 32 == 0) barrier_arrive(base + EMPTY_AT + stage * 8);
+        __syncwarp();
+    };
+    for (; share.at < share.end;) {
+        const Place p = place_of(a, share, row_blocks);
+        const int count = p.end - p.begin;
+        share.at += count;
+        if (p.expert < 0) continue;
+        take(now);
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-        const u64 matrix = wgmma_matrix(base + place * STAGE_BYTES);
-        const u32 before = base + EMPTY_AT + (place ? place - 1 : STAGES - 1) * 8;
-        if (++place == STAGES) place = 0, ++round;
+        for (int i = 0; i < count; ++i) {
+            const u64 matrix = wgmma_matrix(base + place * STAGE_BYTES);
+            const int before = place ? place - 1 : STAGES - 1;
+            if (++place == STAGES) place = 0, ++round;
 #pragma unroll
-        for (int kt = 0; kt < K_TILES; ++kt) {
-            dequantize_step(now.q[kt], now.grids[kt / RUN % (RUNS ? RUNS : 1)], magic, registers[kt % 2]);
-            wgmma_fence();
+            for (int kt = 0; kt < K_TILES; ++kt) {
+                dequantize_step(now.q[kt], now.grids[kt / RUN % (RUNS ? RUNS : 1)], magic, registers[kt % 2]);
+                wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < 2; ++j)
-                wgmma(sums[j], registers[kt % 2][j], wgmma_further(matrix, kt / 4 * X_BYTES + kt % 4 * 32), i + kt > 0);
-            wgmma_commit();
-            if (kt == K_TILES / 2 && i + 1 < count) {  // wgmma has work meanwhile
-                barrier_wait(base + FULL_AT + place * 8, round & 1);
-                show_to_wgmma();
-                read_stage(shared + place * STAGE_BYTES, next);
+                for (int j = 0; j < 2; ++j)
+                    wgmma(sums[j], registers[kt % 2][j], wgmma_further(matrix, kt / 4 * X_BYTES + kt % 4 * 32),
+                          i + kt > 0);
+                wgmma_commit();
+                if (kt == K_TILES / 2 && i + 1 < count) take(next);  // wgmma has work meanwhile
+                wgmma_wait<1>();
+                if (kt == 0 && i > 0) give_back(before);
             }
-            wgmma_wait<1>();
-            if (kt == 0 && i > 0 && threadIdx.x % 32 == 0) barrier_arrive(before);
+            now = next;
         }
-        now = next;
+        wgmma_wait<0>();
+        give_back(place ? place - 1 : STAGES - 1);
+        if (cluster_size() > 1) {
+            sync_some<1, MULTIPLIERS>();
+            finish_cluster(a, p, sums, shared);
+        } else if (count == int(chunks_of_tile(a)) || add_other(a, p, sums, shared)) {
+            finish(a, p, sums, shared);
+        }
     }
-    wgmma_wait<0>();
-    sync_some<1, MULTIPLIERS>();  // sums take the place of stages
-    finish(a, p, sums, shared);
 }
 
 KERNEL(THREADS, 1) marlin_wide(const Args a) {
     let_next_kernel_start();
     SHARED_MEMORY(memory);
     u8* shared = memory + (1024 - shared_address(memory) % 1024) % 1024;
-    const u32 base = shared_address(shared), parts = cluster_size();
-    const int chunks = (a.K / 16 + K_TILES - 1) / K_TILES;
-    Place p;
-    place_tile(a, blockIdx.x / parts, p);
-    p.begin = u32(chunks) * cluster_rank() / parts;  // 32 bits: a division of 64 takes as long as a load
-    p.end = u32(chunks) * (cluster_rank() + 1) / parts;
-    p.expert = 0;
+    const u32 base = shared_address(shared);
+    int row_blocks = a.row_blocks;
     if (MOE) {
         wait_for_kernels_before();
-        if (p.row_block >= *a.num_blocks) return;
-        p.expert = expert_of(a, p.row_block);
-        if (p.expert < 0) return;
+        row_blocks = *a.num_blocks;
     }
+    const Share share = share_of(a, row_blocks);
     if (threadIdx.x < STAGES) {
         barrier_init(base + FULL_AT + threadIdx.x * 8, LOADERS);
         barrier_init(base + EMPTY_AT + threadIdx.x * 8, MULTIPLIERS / 32);
@@ -354,9 +472,9 @@ KERNEL(THREADS, 1) marlin_wide(const Args a) {
     __syncthreads();
     if (threadIdx.x >= MULTIPLIERS) {
         fewer_registers<40>();
-        load_all(a, p, shared);
+        load_all(a, share, row_blocks, shared);
     } else {
         more_registers<232>();
-        multiply_all(a, p, shared);
+        multiply_all(a, share, row_blocks, shared);
     }
 }
