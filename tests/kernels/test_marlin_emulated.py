@@ -175,6 +175,7 @@ def test_many_rows_by_wgmma(bits, size, sym, dtype):
 def test_each_tile_of_wgmma(M):
     check(*make(328, 640, 4, 128, False), M)
     check(*make(264, 640, 4, 128, True, desc_act=True), M)
+    check(*make(40, 160, 8, 32), M)  # most outputs of a tile do not exist
     assert set(HostFunction.launches) == {"marlin_permute", "marlin_wide"}
 
 

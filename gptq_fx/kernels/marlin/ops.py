@@ -13,8 +13,8 @@ from gptq_fx.kernels.marlin.gemm import Weight
 from gptq_fx.kernels.marlin.variants import ORDERED_TOKENS, Tile, WideTile, tile_for, wide_tile_for
 from gptq_fx.ops import define_opaque
 
-# Rows of x beyond which dequantizing and a dense GEMM are the faster way.
-MANY_ROWS = 256
+# Rows of x beyond which dequantizing and a dense GEMM are the faster way: without wgmma, and with.
+MANY_ROWS, MANY_ROWS_OF_WGMMA = 256, 2048
 # Rows of x beyond which x is put into the order of act-order once, not by each block that reads it.
 PERMUTED_ROWS = 2
 # Rows of x beyond which wgmma is faster, where there is such.
@@ -65,7 +65,8 @@ def multiply(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
         rows = gemm.usable(rows, w.in_features)
         if bias is not None:
             bias = bias.to(x.dtype).contiguous()
-        if M > MANY_ROWS and w.out_features >= DENSE_OUTPUTS:
+        many = MANY_ROWS_OF_WGMMA if gemm.has_wgmma(x) else MANY_ROWS
+        if M > many and w.out_features >= DENSE_OUTPUTS:
             gemm.dense(rows, w, bias, out)
         elif not _decode(rows, w, bias, out):
             ordered = w.perm is not None and M > PERMUTED_ROWS

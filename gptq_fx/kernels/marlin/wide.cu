@@ -51,7 +51,7 @@ constexpr int STAGE_BYTES = (ZEROS_AT + RUNS * ZERO_BYTES + 1023) / 1024 * 1024;
 constexpr int SUM_STRIDE = N_TILE + 4;
 constexpr int SUM_BYTES = TOKENS * SUM_STRIDE * 4;
 constexpr int STAGES_BYTES = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;
-// Behind the stages: where each row of x is, null for none; the barriers `full` and `empty` of each stage; for each
+// Behind the stages: where each row of x is; the barriers `full` and `empty` of each stage; for each
 // warp a place to turn 16 rows of 32 outputs, and a number for all.
 constexpr int ROWS_AT = STAGES_BYTES, FULL_AT = ROWS_AT + 8 * TOKENS, EMPTY_AT = FULL_AT + 8 * STAGES;
 constexpr int TURNED_STRIDE = 64 + 16, TURNED_BYTES = 16 * TURNED_STRIDE;
@@ -111,34 +111,45 @@ DEVICE Place place_of(const Args& a, const Share& s, int row_blocks) {
     return p;
 }
 
-// Where a loader takes its pieces of the weights from: a stage further with each call of `load_weights`.
+// Where a loader takes its pieces of the weights from: a stage further with each call of `load_weights`. In place of
+// outputs that do not exist it takes others: what comes of them is not stored.
 struct Weights {
     const u8* from;
-    int k_tiles, n_tiles;  // that exist from there on
+    int k_tiles;  // from there on
 };
 
-constexpr int PIECES = 4 * TILE_BYTES / 16;                             // of a k tile, 16 bytes each
-constexpr int TURNS = PIECES / LOADERS, TURN_TILES = 4 / TURNS;         // that it takes to load one
+constexpr int PIECES = 4 * TILE_BYTES / 16;  // of a k tile, 16 bytes each
+constexpr int TURNS = PIECES / LOADERS;      // that it takes to load one
 static_assert(PIECES % LOADERS == 0, "a loader would have parts of pieces");
 
 DEVICE Weights weights_of(const Args& a, const Place& p, int loader) {
-    const int k_tiles = a.K / 16, first = p.begin * K_TILES, at = loader * 16;
-    const u64 tile = (u64(p.expert) * k_tiles + first) * a.N64 + p.n_tile * 4;
-    return {a.weights + tile * TILE_BYTES + at, k_tiles - first, a.N64 - p.n_tile * 4 - at / TILE_BYTES};
+    const int k_tiles = a.K / 16, first = p.begin * K_TILES;
+    const u64 row = (u64(p.expert) * k_tiles + first) * a.N64;
+    return {a.weights + row * TILE_BYTES + loader * 16, k_tiles - first};
 }
 
-DEVICE void load_weights(const Args& a, Weights& w, int loader, u32 stage) {
+DEVICE void load_weights(const Args& a, const Place& p, Weights& w, int loader, u32 stage) {
+    long long at[TURNS];
 #pragma unroll
-    for (int kt = 0; kt < K_TILES; ++kt) {
-#pragma unroll
-        for (int turn = 0; turn < TURNS; ++turn) {
-            const int piece = turn * LOADERS * 16;
-            copy_async(stage + WEIGHTS_AT + kt * 4 * TILE_BYTES + piece + loader * 16, w.from + piece,
-                       w.k_tiles > kt && w.n_tiles > turn * TURN_TILES);
-        }
-        w.from += u64(a.N64) * TILE_BYTES;
+    for (int turn = 0; turn < TURNS; ++turn) {
+        const int tile = (turn * LOADERS + loader) * 16 / TILE_BYTES, most = a.N64 - 1 - p.n_tile * 4;
+        at[turn] = (p.n_tile * 4LL - (tile > most ? tile - most : 0)) * TILE_BYTES + turn * LOADERS * 16;
     }
-    w.k_tiles -= K_TILES;
+    const u64 step = u64(a.N64) * TILE_BYTES;
+    const u8* from = w.from;
+    auto load = [&](int kt, bool valid) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn)
+            copy_async(stage + WEIGHTS_AT + kt * 4 * TILE_BYTES + (turn * LOADERS + loader) * 16, from + at[turn], valid);
+        from += step;
+    };
+    if (w.k_tiles >= K_TILES)
+#pragma unroll
+        for (int kt = 0; kt < K_TILES; ++kt) load(kt, true);
+    else
+#pragma unroll 1
+        for (int kt = 0; kt < K_TILES; ++kt) load(kt, kt < w.k_tiles);
+    w = {from, w.k_tiles - K_TILES};
 }
 
 // Scales by the first loaders, zero points by the last.
@@ -156,7 +167,7 @@ DEVICE void load_grid(const Args& a, const Place& p, int chunk, int loader, u32 
     if (ASYM) load(LOADERS - 1 - loader, a.zeros, ZEROS_AT, 2 * BITS, 8 * BITS);
 }
 
-// Eight loaders take 64 k of a row.
+// Eight loaders take 64 k of a row. rows: any where there is none; what comes of it is not stored.
 DEVICE void load_x(const Args& a, const u8* const* rows, int chunk, int loader, u32 stage) {
     constexpr int STEP = LOADERS / 8;
     static_assert(TOKENS % STEP == 0, "some loaders would have no row");
@@ -164,11 +175,10 @@ DEVICE void load_x(const Args& a, const u8* const* rows, int chunk, int loader, 
     const u32 to = stage + token * 128 + ((piece ^ token % 8) << 4);
 #pragma unroll
     for (int i = 0; i < TOKENS / STEP; ++i) {
-        const u8* from = rows[i * STEP + token];
+        const u8* from = rows[i * STEP + token] + u64(k) * 2;
 #pragma unroll
         for (int column = 0; column < K_TILES / 4; ++column)
-            copy_async(to + column * X_BYTES + i * (STEP * 128), from + (k + column * 64) * 2,
-                       from && k + column * 64 < a.K);
+            copy_async(to + column * X_BYTES + i * (STEP * 128), from + column * 128, k + column * 64 < a.K);
     }
 }
 
@@ -186,7 +196,7 @@ DEVICE void load_all(const Args& a, Share share, int row_blocks, u8* shared) {
         if (p.expert < 0) continue;
         Weights weights = weights_of(a, p, loader);
         auto load_codes = [&](int chunk, u32 stage) {
-            load_weights(a, weights, loader, stage);
+            load_weights(a, p, weights, loader, stage);
             load_grid(a, p, chunk, loader, stage);
         };
         if (!waited) {
@@ -198,7 +208,7 @@ DEVICE void load_all(const Args& a, Share share, int row_blocks, u8* shared) {
         sync_some<2, LOADERS>();  // all are done with the rows before
         if (loader < TOKENS) {
             const int row = row_of(a, p, loader);
-            rows[loader] = row < 0 ? nullptr : a.x + u64(MOE ? row / a.top_k : row) * a.x_stride * 2;
+            rows[loader] = a.x + u64(row < 0 ? 0 : MOE ? row / a.top_k : row) * a.x_stride * 2;
         }
         sync_some<2, LOADERS>();
 #pragma unroll 1
