@@ -1,6 +1,6 @@
 """Microseconds of the Marlin kernels on an NVIDIA GPU beside humming, aten's int4 and cuBLAS, in one run.
 
-    python examples/benchmarks/marlin.py [--only layer variants experts tiles] [--rows 1 16] [--out FILE]
+    python examples/benchmarks/marlin.py [--only layer variants experts tiles] [--rows 1 16] [--model llama-3.1-70b]
 
 One CUDA graph holds one call for each copy of the weights, which are more than the L2 holds; the median of
 its replays, divided by the copies. Error: ||y - x W^T|| / ||x W^T|| against fp32.
@@ -23,11 +23,21 @@ from gptq_fx.kernels import LinearSpec
 from gptq_fx.kernels.marlin import MARLIN, gemm, launch, nvrtc, ops
 from gptq_fx.kernels.marlin.variants import Tile, Variant
 
-# The linears of one layer of Llama-3.1-8B, q/k/v and gate/up merged: (N, K).
-LAYER = {"o": (4096, 4096), "qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+# The linears of one layer, q/k/v and gate/up merged: (N, K).
+LAYERS = {
+    "llama-3.1-8b": {"o": (4096, 4096), "qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+    "llama-3.1-70b": {
+        "o": (8192, 8192),
+        "qkv": (10240, 8192),
+        "gate_up": (57344, 8192),
+        "down": (8192, 28672),
+    },
+}
+LAYER = LAYERS["llama-3.1-8b"]
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 L2_COLD = 288 * 2**20  # bytes of weights in a graph
-UPSTREAM = {1: 77.7, 16: 77.1, 64: 125, 128: 204}  # sums of Marlin of vLLM 0.33, NVIDIA H200, 2026-11-22
+# Sums of Marlin of vLLM 0.33, NVIDIA H200, 2026-11-22.
+UPSTREAM = {1: 77.7, 16: 77.1, 64: 125, 128: 204, 256: 333.6, 512: 622.7, 1024: 1213.9, 4096: 4972.4}
 MODELS = {"Qwen3-30B-A3B": (128, 8, 2048, 768), "Mixtral-8x7B": (8, 2, 4096, 14336)}  # E, k, H, I
 Call = Callable[[int], Tensor]  # with the n-th copy of the weights
 
@@ -125,10 +135,13 @@ def humming_or_nothing(spec: LinearSpec, weight: QuantizedWeight, x: Tensor) -> 
 BACKENDS = {"marlin": marlin, "humming": humming_or_nothing, "int4pack": int4pack, "cublas": cublas}
 
 
-def layer_table(rows_of_x: Sequence[int] = ROWS, peers: Sequence[str] = tuple(BACKENDS)) -> str:
+def layer_table(
+    rows_of_x: Sequence[int] = ROWS, peers: Sequence[str] = tuple(BACKENDS), model: str = "llama-3.1-8b"
+) -> str:
     """Each linear, and the sum of the layer. A row is printed as soon as it is known."""
+    layer, upstream = LAYERS[model], UPSTREAM if model == "llama-3.1-8b" else {}
     backends = {"marlin": marlin, **{name: BACKENDS[name] for name in BACKENDS if name in peers}}
-    made = {name: make(N, K, Scheme(4, 128)) for name, (N, K) in LAYER.items()}
+    made = {name: make(N, K, Scheme(4, 128)) for name, (N, K) in layer.items()}
     errors: dict[str, float] = dict.fromkeys(backends, 0.0)
     rows = []
     for M in rows_of_x:
@@ -156,10 +169,10 @@ def layer_table(rows_of_x: Sequence[int] = ROWS, peers: Sequence[str] = tuple(BA
             cells.append(f"{worst:.2f}")
         else:
             cells.append("")
-        rows.append([str(M), *cells, f"{UPSTREAM[M] / own:.2f}" if M in UPSTREAM else ""])
+        rows.append([str(M), *cells, f"{upstream[M] / own:.2f}" if M in upstream else ""])
         print(" | ".join(rows[-1]), flush=True)
     names = [b for b in backends if b != "marlin"]
-    head = ["rows", *LAYER, "sum marlin", *(f"sum {b}" for b in names), *(f"{b}/marlin" for b in names)]
+    head = ["rows", *layer, "sum marlin", *(f"sum {b}" for b in names), *(f"{b}/marlin" for b in names)]
     text = table.markdown([*head, "worst marlin/humming of a linear", "upstream/marlin"], rows)
     return text + "\n\nlargest error: " + ", ".join(f"{b} {e:.4f}" for b, e in errors.items())
 
@@ -300,12 +313,13 @@ def main() -> None:
         "--rows", nargs="+", type=int, default=list(ROWS), help="of x, in the table of the layer"
     )
     parser.add_argument("--peers", nargs="+", choices=list(BACKENDS)[1:], default=list(BACKENDS)[1:])
+    parser.add_argument("--model", choices=list(LAYERS), default="llama-3.1-8b", help="whose layer")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     text = table.conditions("Marlin kernels")
     print(text)
     for name in args.only:
-        part = layer_table(args.rows, args.peers) if name == "layer" else TABLES[name]()
+        part = layer_table(args.rows, args.peers, args.model) if name == "layer" else TABLES[name]()
         print(f"\n{part}", flush=True)
         text += f"\n\n{part}"
         if args.out is not None:  # what is done is kept, whatever comes

@@ -257,7 +257,7 @@ def test_the_order_of_blocks_changes_no_bit(monkeypatch):
 
 @pytest.mark.parametrize(("bits", "size", "sym", "dtype"), GRIDS)
 def test_many_rows_are_multiplied_by_dequantized_weights(monkeypatch, bits, size, sym, dtype):
-    monkeypatch.setattr(ops, "MANY_ROWS", 4)
+    monkeypatch.setattr(ops, "MANY_ROWS_OF_WGMMA", 4)
     monkeypatch.setattr(ops, "DENSE_OUTPUTS", 64)
     monkeypatch.setattr(gemm, "SCRATCH_BYTES", 2 * 64 * 1152 * 2)
     check(*make(200, 672 if size == 96 else 1152, bits, size, sym, dtype), 6)
@@ -265,13 +265,13 @@ def test_many_rows_are_multiplied_by_dequantized_weights(monkeypatch, bits, size
 
 
 def test_narrow_outputs_stay_with_the_gemm_for_any_rows(monkeypatch):
-    monkeypatch.setattr(ops, "MANY_ROWS", 4)
+    monkeypatch.setattr(ops, "MANY_ROWS_OF_WGMMA", 4)
     check(*make(200, 1152, 4, 128, True, torch.bfloat16), 6)
     assert "marlin_dequantize" not in HostFunction.launches
 
 
 def test_many_rows_in_act_order(monkeypatch):
-    monkeypatch.setattr(ops, "MANY_ROWS", 4)
+    monkeypatch.setattr(ops, "MANY_ROWS_OF_WGMMA", 4)
     monkeypatch.setattr(ops, "DENSE_OUTPUTS", 64)
     check(*make(72, 288, 4, 32, False, desc_act=True), 6)
     assert set(HostFunction.launches) == {"marlin_permute", "marlin_dequantize"}

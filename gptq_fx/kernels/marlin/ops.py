@@ -59,22 +59,26 @@ def multiply(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
     """x fp16 or bf16 [*, K], bias [N] -> [*, N]."""
     _check(x, w)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    M = rows.shape[0]
-    out = _empty(x, M, w)
-    if M:
-        rows = gemm.usable(rows, w.in_features)
+    out = _empty(x, rows.shape[0], w)
+    if len(rows):
         if bias is not None:
             bias = bias.to(x.dtype).contiguous()
-        many = MANY_ROWS_OF_WGMMA if gemm.has_wgmma(x) else MANY_ROWS
-        if M > many and w.out_features >= DENSE_OUTPUTS:
-            gemm.dense(rows, w, bias, out)
-        elif not _decode(rows, w, bias, out):
-            ordered = w.perm is not None and M > PERMUTED_ROWS
-            if ordered:
-                rows, w = gemm.permuted(rows, w)
-            if not ordered or not _decode(rows, w, bias, out):
-                _gemm(rows, w, bias, _tile(M, w, x), out, None)
+        _product(gemm.usable(rows, w.in_features), w, bias, out)
     return out if x.ndim == 2 else out.reshape(*x.shape[:-1], w.out_features)
+
+
+def _product(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> None:
+    """out [M, N] = x W^T + bias, of at least one row, by whichever kernel is fastest for so many."""
+    M = x.shape[0]
+    many = MANY_ROWS_OF_WGMMA if gemm.has_wgmma(x) else MANY_ROWS
+    if M > many and w.out_features >= DENSE_OUTPUTS:
+        gemm.dense(x, w, bias, out)
+    elif not _decode(x, w, bias, out):
+        ordered = w.perm is not None and M > PERMUTED_ROWS
+        if ordered:
+            x, w = gemm.permuted(x, w)
+        if not ordered or not _decode(x, w, bias, out):
+            _gemm(x, w, bias, _tile(M, w, x), out, None)
 
 
 def _decode(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
