@@ -1,6 +1,6 @@
 """Microseconds of the Marlin kernels on an NVIDIA GPU beside humming, aten's int4 and cuBLAS, in one run.
 
-    python examples/benchmarks/marlin.py [--only layer variants experts tiles] [--rows 1 16] [--model llama-3.1-70b]
+    python examples/benchmarks/marlin.py [--only layer variants experts tiles] [--rows 1 16] [--out FILE]
 
 One CUDA graph holds one call for each copy of the weights, which are more than the L2 holds; the median of
 its replays, divided by the copies. Error: ||y - x W^T|| / ||x W^T|| against fp32.

@@ -69,16 +69,15 @@ def multiply(x: Tensor, w: Weight, bias: Tensor | None) -> Tensor:
 
 def _product(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> None:
     """out [M, N] = x W^T + bias, of at least one row, by whichever kernel is fastest for so many."""
-    M = x.shape[0]
-    many = MANY_ROWS_OF_WGMMA if gemm.has_wgmma(x) else MANY_ROWS
-    if M > many and w.out_features >= DENSE_OUTPUTS:
+    rows, many = x.shape[0], MANY_ROWS_OF_WGMMA if gemm.has_wgmma(x) else MANY_ROWS
+    if rows > many and w.out_features >= DENSE_OUTPUTS:
         gemm.dense(x, w, bias, out)
     elif not _decode(x, w, bias, out):
-        ordered = w.perm is not None and M > PERMUTED_ROWS
+        ordered = w.perm is not None and rows > PERMUTED_ROWS
         if ordered:
             x, w = gemm.permuted(x, w)
         if not ordered or not _decode(x, w, bias, out):
-            _gemm(x, w, bias, _tile(M, w, x), out, None)
+            _gemm(x, w, bias, _tile(rows, w, x), out, None)
 
 
 def _decode(x: Tensor, w: Weight, bias: Tensor | None, out: Tensor) -> bool:
