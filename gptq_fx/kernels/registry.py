@@ -188,9 +188,9 @@ def ranked(spec: LinearSpec) -> tuple[Kernel, ...]:
     measured on the GPU that is here (measured.py), these change places among themselves."""
     found = list(kernels())
     where = measured.capability() if spec.device == "cuda" else None
-    if where is None or spec.experts is not None or spec.scheme.desc_act:  # of these there are no tables
+    if where is None or spec.scheme.desc_act:  # of which there are no tables
         return tuple(found)
-    scores = measured.scores(where, spec.scheme.bits)
+    scores = measured.scores(where, spec.scheme.bits, spec.experts)
     places = [i for i, kernel in enumerate(found) if kernel.name in scores]
     best = sorted((found[i] for i in places), key=lambda kernel: scores[kernel.name])
     for place, kernel in zip(places, best, strict=True):

@@ -111,8 +111,8 @@ def test_decode_however_the_work_is_cut(monkeypatch, cluster, warps_k):
     """Units one after the other, blocks and warps that share a unit; parts of unequal length."""
     plan = decode._plan
 
-    def only(kernel, work, size, warps):
-        return plan(kernel, work, size, warps) if (size, warps) == (cluster, warps_k) else None
+    def only(kernel, work, size, warps, waves):
+        return plan(kernel, work, size, warps, waves) if (size, warps) == (cluster, warps_k) else None
 
     monkeypatch.setattr(decode, "_plan", only)
     decode.plan.cache_clear()
@@ -120,6 +120,18 @@ def test_decode_however_the_work_is_cut(monkeypatch, cluster, warps_k):
     assert set(HostFunction.launches) == {"marlin_decode"}
     assert HostFunction.clusters_launched == {cluster}
     decode.plan.cache_clear()
+
+
+def test_sums_that_do_not_fit_at_once(monkeypatch):
+    """Two blocks at a time, each with room for x and few sums: the work is cut into more."""
+    device = replace(A_GPU, multiprocessors=1, shared_per_block=60 * 1024)
+    monkeypatch.setattr(decode, "device", lambda index: device)
+    spec, weight = make(1500, 640, sym=False)
+    check(spec, weight, 14)
+    assert set(HostFunction.launches) == {"marlin_decode"}
+    kernel = decode.decode_function(4, True, True, 8, False, variants.PLAIN, variants.DECODE_TILES[1], 0)
+    p = decode.plan(kernel, decode.Work(variants.PLAIN, 24, 640, 14))
+    assert p.clusters > kernel.function.clusters(p.cluster)
 
 
 @pytest.mark.parametrize("units", [1, 16, 64, 96, 448, 2004])

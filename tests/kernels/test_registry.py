@@ -75,6 +75,7 @@ FAST, SLOW = dict.fromkeys(measured.MIX, 1.0), dict.fromkeys(measured.MIX, 2.0)
 def test_kernels_that_were_measured_change_places(monkeypatch, times, first):
     monkeypatch.setattr(measured, "capability", lambda: (9, 0))
     monkeypatch.setattr(measured, "TIMES", {((9, 0), 4): times})
+    monkeypatch.setattr(measured, "BLOCKS", {})
     found = {name: stub(name, order, "cuda") for order, name in enumerate(("a", "between", "b"))}
     spec = replace(SPEC, device="cuda")
     names = [kernel.name for kernel in registry.ranked(spec) if kernel.name in found]
@@ -86,9 +87,32 @@ def test_kernels_that_were_measured_change_places(monkeypatch, times, first):
     assert registry.ranked(spec) == kernels()
 
 
-def test_the_table_of_times_names_kernels():
-    for entry in measured.TIMES.values():
+@pytest.mark.parametrize(("experts", "first"), [(8, "a"), (16, "a"), (60, "b"), (256, "b"), (None, "a")])
+def test_a_stack_is_ranked_as_the_block_with_the_nearest_number_of_experts(monkeypatch, experts, first):
+    monkeypatch.setattr(measured, "capability", lambda: (9, 0))
+    monkeypatch.setattr(measured, "TIMES", {})
+    blocks = {128: {"a": SLOW, "b": FAST}, 8: {"a": FAST, "b": SLOW}}
+    monkeypatch.setattr(measured, "BLOCKS", {((9, 0), 4): blocks})
+    found = {name: stub(name, order, "cuda") for order, name in enumerate(("a", "b"))}
+    ranked = registry.ranked(replace(SPEC, device="cuda", experts=experts))
+    assert next(kernel.name for kernel in ranked if kernel.name in found) == first
+
+
+def test_the_tables_of_times_name_kernels():
+    blocks = (entry for by_experts in measured.BLOCKS.values() for entry in by_experts.values())
+    for entry in (*measured.TIMES.values(), *blocks):
         assert set(entry) <= {kernel.name for kernel in kernels()}
+
+
+def test_on_hopper_our_marlin_comes_first_but_for_a_few_experts(monkeypatch):
+    monkeypatch.setattr(measured, "capability", lambda: (9, 0))
+
+    def first(**changes):
+        ranked = registry.ranked(replace(SPEC, device="cuda", **changes))
+        return next(kernel.name for kernel in ranked if kernel.device == "cuda")
+
+    assert (first(), first(experts=128), first(experts=8)) == ("marlin", "marlin", "humming")
+    assert first(scheme=Scheme(8, 32)) == first(scheme=Scheme(4, 32, desc_act=True)) == "humming"
 
 
 def test_the_choice_says_why_others_were_passed_over():

@@ -24,6 +24,7 @@ from gptq_fx.kernels.marlin.variants import (
 ARGUMENTS = "9Q22i6I"
 MOST_ROWS = DECODE_TILES[-1].tokens
 MOST_ORDERED_ROWS = 8  # of x that a block puts into act-order by itself
+MOST_WAVES = 4
 SUM_BYTES = 4 * 68  # of the sums of a row in the shared memory of decode.cu
 # In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a
 # block, a batch of a warp that has the next one to wait for, and a batch of a row of x.
@@ -101,9 +102,12 @@ class Plan:
     of_warp: int
 
 
-def _plan(decode: Decode, work: Work, cluster: int, warps_k: int) -> Plan | None:
-    """With clusters of so many blocks, and so many warps that share a unit; None where they do not fit."""
-    clusters = min(work.units, decode.function.clusters(cluster))
+def _plan(decode: Decode, work: Work, cluster: int, warps_k: int, waves: int = 1) -> Plan | None:
+    """With clusters of so many blocks, and so many warps that share a unit; None where they do not fit.
+
+    waves: how often clusters fill the GPU.
+    """
+    clusters = min(work.units, waves * decode.function.clusters(cluster))
     if not clusters:
         return None
     batches = work.batches(decode.batch) * work.weights
@@ -119,19 +123,28 @@ def _plan(decode: Decode, work: Work, cluster: int, warps_k: int) -> Plan | None
     if shared > decode.function.shared:
         return None
     time = max(slots * part, LATENCY * of_warp) + CLUSTER_OVERHEAD * (cluster > 1) + X_TIME * rows * part
-    return Plan(cluster, clusters, warps_k, sums_at, received_at, staged_at, shared, capacity, time, of_warp)
+    return Plan(
+        cluster, clusters, warps_k, sums_at, received_at, staged_at, shared, capacity, waves * time, of_warp
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(decode: Decode, work: Work) -> Plan | None:
-    """The fastest, as far as that can be told; None where x does not fit shared memory."""
+    """The fastest, as far as that can be told; None where x does not fit shared memory.
+
+    Where the sums of one wave do not fit, the work is cut into more.
+    """
     batches = work.batches(decode.batch) * work.weights
-    plans = (
-        _plan(decode, work, cluster, warps_k)
-        for cluster in range(1, min(MOST_CLUSTER, batches) + 1)
-        for warps_k in range(1, min(decode.warps, batches // cluster) + 1)  # each has some
-    )
-    return min((p for p in plans if p is not None), key=lambda p: (p.time, p.of_warp), default=None)
+    for waves in range(1, MOST_WAVES + 1):
+        plans = (
+            _plan(decode, work, cluster, warps_k, waves)
+            for cluster in range(1, min(MOST_CLUSTER, batches) + 1)
+            for warps_k in range(1, min(decode.warps, batches // cluster) + 1)  # each has some
+        )
+        best = min((p for p in plans if p is not None), key=lambda p: (p.time, p.of_warp), default=None)
+        if best is not None:
+            return best
+    return None
 
 
 @functools.lru_cache(maxsize=4096)
