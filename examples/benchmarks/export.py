@@ -18,6 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gptq_fx
+
+sys.path.append(str(Path(__file__).parents[1]))  # the examples beside this folder
 from smollm2 import checkpoint
 from table import conditions, markdown, parser, publish
 

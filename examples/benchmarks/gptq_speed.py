@@ -191,28 +191,23 @@ def profile(config: PretrainedConfig, args: argparse.Namespace) -> str:
 
 
 def scaling(args: argparse.Namespace) -> Iterator[list[str]]:
-    """Each size doubled by itself: layers, hidden size, experts, tokens."""
-    base = {"hidden": 2048, "layers": 4, "sequences": 32}
-    variants = {"base": {}, "layers x2": {"layers": 8}, "hidden x2": {"hidden": 4096}}
-    sequences = args.sequences
-    for label, change in (variants | {"tokens x2": {"sequences": 64}}).items():
-        size = base | change
-        args.sequences = size["sequences"]
-        config = LlamaConfig(
-            hidden_size=size["hidden"],
-            intermediate_size=3 * size["hidden"],
-            num_hidden_layers=size["layers"],
-            num_attention_heads=size["hidden"] // 128,
-            num_key_value_heads=size["hidden"] // 512,
+    """Each size doubled by itself: layers, hidden size, experts, tokens. What compiles, does so before."""
+
+    def llama(hidden: int = 2048, layers: int = 8) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 128,
+            num_key_value_heads=hidden // 512,
             vocab_size=4096,
         )
-        yield measure(config, args).row(f"Llama, {label}")
-    for experts in (32, 64):
-        args.sequences = 32
-        config = Qwen3MoeConfig(
+
+    def mixture(experts: int) -> Qwen3MoeConfig:
+        return Qwen3MoeConfig(
             hidden_size=2048,
             moe_intermediate_size=768,
-            num_hidden_layers=4,
+            num_hidden_layers=8,
             num_attention_heads=16,
             num_key_value_heads=4,
             head_dim=128,
@@ -220,7 +215,20 @@ def scaling(args: argparse.Namespace) -> Iterator[list[str]]:
             num_experts_per_tok=8,
             vocab_size=4096,
         )
-        yield measure(config, args).row(f"Qwen3-MoE, {experts} experts")
+
+    models = {
+        "Llama, base": (llama(), 1),
+        "Llama, layers x2": (llama(layers=16), 1),
+        "Llama, hidden x2": (llama(hidden=4096), 1),
+        "Llama, tokens x2": (llama(), 2),
+        "Qwen3-MoE, 32 experts": (mixture(32), 1),
+        "Qwen3-MoE, 64 experts": (mixture(64), 1),
+    }
+    sequences = args.sequences
+    for label, (config, times) in models.items():
+        args.sequences = sequences // 2 * times
+        measure(config, args)
+        yield measure(config, args).row(label)
     args.sequences = sequences
 
 

@@ -142,11 +142,12 @@ class WideVariant:
     def shared_bytes(self, stages: int) -> int:
         """Of a block: its stages, or in their place the sums; and room to begin at a multiple of 1024.
 
-        Behind them, addresses of the rows of x, two barriers for each stage, and room to turn outputs.
+        Behind them, addresses of the rows of x, two barriers for each stage, and room to turn outputs: 16
+        rows for each of eight warps.
         """
         sums = self.tile.tokens * (self.tile.outputs + 4) * 4
-        behind = 8 * self.tile.tokens + 16 * stages + 8 * 16 * 80 + 16
-        return 1024 + max(stages * self.stage_bytes, sums) + behind
+        turned = 8 * 16 * 80
+        return 1024 + max(stages * self.stage_bytes, sums) + 8 * self.tile.tokens + 16 * stages + turned + 16
 
     def fit(self, per_multiprocessor: int, per_block: int) -> int:
         """How many stages fit so many bytes of shared memory."""
