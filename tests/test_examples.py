@@ -60,7 +60,10 @@ def test_generate(
 def test_every_example_shows_its_help(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(path.parent))
+    """As a script: with its own folder in the path, and no module of another example's doing."""
+    monkeypatch.setattr(sys, "path", [str(path.parent), *(p for p in sys.path if p != str(EXAMPLES))])
+    for other in EXAMPLES.rglob("*.py"):
+        monkeypatch.delitem(sys.modules, other.stem, raising=False)
     module = importlib.import_module(path.stem)
     if not hasattr(module, "main"):
         return
