@@ -1,7 +1,7 @@
 """NVIDIA GPUs of compute capability 8.0 and above: our own kernels on weights in the Marlin layout.
 
     layout    the layout, packed and unpacked
-    *.cu      the kernels; *.cuh: what they share
+    *.cu      the kernels; *.cuh: parts of them, and what they share
     variants  what they are compiled for
     nvrtc     the compiler and its cache; launch: the driver
     gemm      calls of the kernels; decode: for a few rows of x; routes: around the products of experts

@@ -10,6 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SHARED = ("ptx.cuh", "dequantize.cuh", "experts.cuh", "output.cuh")  # by the kernels that multiply
+WIDE = ("wide_tiles.cuh", "wide_load.cuh", "wide_sums.cuh", "wide.cu")
 MOST_STAGES = 4
 
 
@@ -169,7 +170,7 @@ class WideVariant:
         }
         head = grid_constants(self.bits, self.bf16, self.asym, self.group_tiles)
         operands = wgmma_operands(tile.tokens)
-        return _join(head | constants | operands, *map(text, (*SHARED, "wide.cu")))
+        return _join(head | constants | operands, *map(text, (*SHARED, *WIDE)))
 
 
 MOST_WIDE_STAGES = 8
