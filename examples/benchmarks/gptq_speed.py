@@ -13,10 +13,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen3MoeConfig,
 )
 
 import gptq_fx
@@ -193,28 +191,13 @@ def profile(config: PretrainedConfig, args: argparse.Namespace) -> str:
 def scaling(args: argparse.Namespace) -> Iterator[list[str]]:
     """Each size doubled by itself: layers, hidden size, experts, tokens. What compiles, does so before."""
 
-    def llama(hidden: int = 2048, layers: int = 8) -> LlamaConfig:
-        return LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 128,
-            num_key_value_heads=hidden // 512,
-            vocab_size=4096,
-        )
+    def llama(hidden: int = 2048, layers: int = 8) -> PretrainedConfig:
+        heads = {"num_attention_heads": hidden // 128, "num_key_value_heads": hidden // 512}
+        sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+        return CONFIGS["llama-3.1-8b"](**sizes, **heads, vocab_size=4096)
 
-    def mixture(experts: int) -> Qwen3MoeConfig:
-        return Qwen3MoeConfig(
-            hidden_size=2048,
-            moe_intermediate_size=768,
-            num_hidden_layers=8,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            head_dim=128,
-            num_experts=experts,
-            num_experts_per_tok=8,
-            vocab_size=4096,
-        )
+    def mixture(experts: int) -> PretrainedConfig:
+        return CONFIGS["qwen3-30b-a3b"](num_hidden_layers=8, num_experts=experts, vocab_size=4096)
 
     models = {
         "Llama, base": (llama(), 1),

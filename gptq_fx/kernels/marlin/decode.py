@@ -24,7 +24,7 @@ from gptq_fx.kernels.marlin.variants import (
 ARGUMENTS = "9Q22i6I"
 MOST_ROWS = DECODE_TILES[-1].tokens
 MOST_ORDERED_ROWS = 8  # of x that a block puts into act-order by itself
-MOST_WAVES = 4
+MOST_WAVES = 4  # of clusters, one after the other, where the sums of fewer do not fit
 SUM_BYTES = 4 * 68  # of the sums of a row in the shared memory of decode.cu
 # In the time that a block takes for a batch where memory is the limit: what a cluster takes more than a
 # block, a batch of a warp that has the next one to wait for, and a batch of a row of x.

@@ -187,10 +187,8 @@ def wide(
     tiles = row_blocks * -(-N64 * 64 // tile.outputs)
     parts = _parts(function, tiles, -(-K // (16 * tile.k_tiles)))
     grid = tiles * parts if parts > 1 else min(tiles, function.resident)
-    # Of tiles that two blocks share.
-    partials = torch.empty(
-        grid * 2 * tile.tokens * tile.outputs * (parts == 1), dtype=torch.float32, device=x.device
-    )
+    shared = tile.tokens * tile.outputs if parts == 1 and tiles > grid else 0  # by two blocks
+    partials = torch.empty(grid * 2 * shared, dtype=torch.float32, device=x.device)
     function(
         grid,
         1,

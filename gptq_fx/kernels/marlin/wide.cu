@@ -92,7 +92,7 @@ DEVICE void multiply_all(const Args& a, Share share, int row_blocks, u8* shared)
         if (threadIdx.x % 32 == 0) barrier_arrive(base + EMPTY_AT + stage * 8);
         __syncwarp();
     };
-    for (; share.at < share.end;) {
+    while (share.at < share.end) {
         const Place p = place_of(a, share, row_blocks);
         const int count = p.end - p.begin;
         share.at += count;

@@ -79,7 +79,7 @@ DEVICE void load_all(const Args& a, Share share, int row_blocks, u8* shared) {
     int nth = 0, place = 0, early = 0;  // early: chunks whose weights came before x
     u32 round = 0;
     bool waited = MOE;
-    for (; share.at < share.end;) {
+    while (share.at < share.end) {
         const Place p = place_of(a, share, row_blocks);
         share.at += p.end - p.begin;
         if (p.expert < 0) continue;
