@@ -7,8 +7,9 @@
 // multiplied.
 //
 // Few tiles: the blocks of a cluster share one, each with its part of K; each adds up a part of the rows, in the
-// order of the blocks. Many tiles: each block takes as many chunks of k as the others, through tile after tile;
-// where two share one, the last to come adds what the other has left in `partials`. The same bits each time.
+// order of the blocks. Many tiles: each block takes whole ones, then as many chunks of k as the others, through the
+// tiles that are left; where two share one, the last to come adds what the other has left in `partials`. The same
+// bits each time.
 //
 // Chosen when compiled: BITS, BF16, ASYM, GROUP_TILES (k tiles in a group; 0: one group), MOE, TOKENS, K_TILES
 // (in a stage), STAGES.
@@ -92,10 +93,9 @@ DEVICE void multiply_all(const Args& a, Share share, int row_blocks, u8* shared)
         if (threadIdx.x % 32 == 0) barrier_arrive(base + EMPTY_AT + stage * 8);
         __syncwarp();
     };
-    while (share.at < share.end) {
-        const Place p = place_of(a, share, row_blocks);
+    while (has_more(share)) {
+        const Place p = take_place(a, share, row_blocks);
         const int count = p.end - p.begin;
-        share.at += count;
         if (p.expert < 0) continue;
         take(now);
 #pragma unroll 1

@@ -79,9 +79,8 @@ DEVICE void load_all(const Args& a, Share share, int row_blocks, u8* shared) {
     int nth = 0, place = 0, early = 0;  // early: chunks whose weights came before x
     u32 round = 0;
     bool waited = MOE;
-    while (share.at < share.end) {
-        const Place p = place_of(a, share, row_blocks);
-        share.at += p.end - p.begin;
+    while (has_more(share)) {
+        const Place p = take_place(a, share, row_blocks);
         if (p.expert < 0) continue;
         Weights weights = weights_of(a, p, loader);
         auto load_codes = [&](int chunk, u32 stage) {

@@ -45,8 +45,10 @@ constexpr int TURNED_STRIDE = 64 + 16, TURNED_BYTES = 16 * TURNED_STRIDE;
 constexpr int TURNED_AT = EMPTY_AT + 8 * STAGES, NUMBER_AT = TURNED_AT + MULTIPLIERS / 32 * TURNED_BYTES;
 static_assert(1024 + NUMBER_AT + 16 == SHARED, "the caller counts otherwise");
 
-// What a block has to do: chunks of k, counted through all tiles.
+// What a block has to do: whole tiles, those of all blocks side by side, so that what they have in common is in the
+// L2; then chunks of k, counted through the tiles that are left.
 struct Share {
+    u32 tile, whole;  // the next of whole ones, and where these end
     u32 at, end;
 };
 
@@ -61,16 +63,17 @@ DEVICE Share share_of(const Args& a, int row_blocks) {
     const u32 tiles = u32(row_blocks) * ((a.N64 + 3) / 4), chunks = chunks_of_tile(a), parts = cluster_size();
     if (parts > 1) {
         const u32 tile = blockIdx.x / parts, rank = cluster_rank(), before = tile * chunks;
-        if (tile >= tiles) return {0, 0};
-        return {before + chunks * rank / parts, before + chunks * (rank + 1) / parts};
+        if (tile >= tiles) return {};
+        return {0, 0, before + chunks * rank / parts, before + chunks * (rank + 1) / parts};
     }
-    if (tiles <= gridDim.x) {
-        const u32 before = blockIdx.x * chunks;
-        return blockIdx.x < tiles ? Share{before, before + chunks} : Share{0, 0};
-    }
-    const u64 all = u64(tiles) * chunks;
-    return {u32(all * blockIdx.x / gridDim.x), u32(all * (blockIdx.x + 1) / gridDim.x)};
+    if (tiles <= gridDim.x) return {blockIdx.x, tiles, 0, 0};
+    // At least one tile for each block, so that no more than two share one.
+    const u32 whole = (tiles / gridDim.x - (tiles % gridDim.x != 0)) * gridDim.x;
+    const u64 all = u64(tiles - whole) * chunks;
+    return {blockIdx.x, whole, u32(all * blockIdx.x / gridDim.x), u32(all * (blockIdx.x + 1) / gridDim.x)};
 }
+
+DEVICE bool has_more(const Share& s) { return s.tile < s.whole || s.at < s.end; }
 
 DEVICE int expert_of(const Args& a, int row_block) {
     return MOE ? expert_at(a.experts, a.wide_experts, row_block, a.num_experts) : 0;
@@ -83,17 +86,25 @@ DEVICE int row_of(const Args& a, const Place& p, int token) {
     return row < a.M ? row : -1;
 }
 
-// The next tile of a share. Tiles that share weights follow each other, eight blocks of rows at a time.
-DEVICE Place place_of(const Args& a, const Share& s, int row_blocks) {
+// Takes the next tile of a share. Tiles that share weights follow each other, eight blocks of rows at a time.
+DEVICE Place take_place(const Args& a, Share& s, int row_blocks) {
     constexpr int TOGETHER = 8;
-    const int n_tiles = (a.N64 + 3) / 4, chunks = chunks_of_tile(a), tile = s.at / chunks;
+    const int n_tiles = (a.N64 + 3) / 4;
+    const u32 chunks = chunks_of_tile(a);
+    Place p;
+    int tile;
+    if (s.tile < s.whole) {
+        tile = s.tile, p.begin = 0, p.end = chunks;
+        s.tile += gridDim.x;
+    } else {
+        const u32 nth = s.at / chunks, begin = s.at - nth * chunks, count = s.end - s.at;
+        tile = s.whole + nth, p.begin = begin, p.end = count < chunks - begin ? begin + count : chunks;
+        s.at += p.end - p.begin;
+    }
     const int band = tile / (TOGETHER * n_tiles), left = row_blocks - band * TOGETHER;
     const int rows = left < TOGETHER ? left : TOGETHER, in_band = tile - band * TOGETHER * n_tiles;
-    Place p;
     p.n_tile = in_band / rows;
     p.row_block = band * TOGETHER + in_band % rows;
-    p.begin = s.at - tile * chunks;
-    p.end = s.end - s.at < u32(chunks - p.begin) ? p.begin + int(s.end - s.at) : chunks;
     p.expert = expert_of(a, p.row_block);
     return p;
 }
