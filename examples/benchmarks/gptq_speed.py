@@ -220,7 +220,8 @@ def scaling(args: argparse.Namespace) -> Iterator[list[str]]:
 
 def quality(args: argparse.Namespace) -> Iterator[list[str]]:
     """Perplexity of a real model, and of a Mixtral made of it, quantized here, there, and streamed; the share
-    of integers that differ from those of the CPU. All perplexities are measured on the device."""
+    of integers that differ from those of the CPU, also when it adds up in another order, with half of its
+    threads. All perplexities are measured on the device."""
     folder = checkpoint()
     size = {} if args.layers is None else {"num_hidden_layers": args.layers}
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **size).eval()
@@ -230,18 +231,20 @@ def quality(args: argparse.Namespace) -> Iterator[list[str]]:
         "SmolLM2-135M": llama.to(args.dtype),
         "its Mixtral, 4 experts": upcycled(llama, 4).to(args.dtype),
     }
+    every = torch.get_num_threads()
+    half = max(every // 2, 1)
+    streamed = {"device": args.device, "max_memory": args.stream or "8GB"}
+    paths = [
+        (f"on the CPU, {every} threads", "cpu", every, {}),
+        (f"on the CPU, {half} threads", "cpu", half, {}),
+        (f"on {args.device}", args.device, every, {}),
+        (f"streamed to {args.device}", "cpu", every, streamed),
+    ]
     for title, dense in models.items():
         yield [title, "dense", f"{perplexity(copy.deepcopy(dense).to(args.device), held_out):.4f}", "", ""]
         ours: dict[str, Tensor] = {}
-        for path, home, where in (
-            ("on the CPU", "cpu", {}),
-            (f"on {args.device}", args.device, {}),
-            (
-                f"streamed to {args.device}",
-                "cpu",
-                {"device": args.device, "max_memory": args.stream or "8GB"},
-            ),
-        ):
+        for path, home, threads, where in paths:
+            torch.set_num_threads(threads)
             model = copy.deepcopy(dense).to(home)
             data = [{"input_ids": part.to(home)} for part in calibration.split(args.batch)]
             settings = gptq_fx.GPTQConfig(group_size=64, **SETTINGS[args.settings])

@@ -191,6 +191,8 @@ def job(args: Any) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print("RESULT", json.dumps(found), flush=True)
     if dist.is_initialized():
+        torch.compiler.reset()  # NCCL ends when no CUDA graph holds collectives of it, and waits until then
+        gc.collect()
         dist.barrier()
         dist.destroy_process_group()
 

@@ -191,6 +191,11 @@ def test_each_tile_of_wgmma(M):
     assert set(HostFunction.launches) == {"marlin_permute", "marlin_wide"}
 
 
+def test_rows_are_cut_into_the_blocks_that_cost_least():
+    rows = {17: 32, 32: 32, 33: 64, 64: 64, 96: 96, 97: 128, 128: 128, 192: 96, 193: 128, 256: 128, 2048: 128}
+    assert {M: variants.wide_tile_for(M).tokens for M in rows} == rows
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("N", [1160, 1100])
 def test_tiles_that_two_blocks_of_wgmma_share(monkeypatch, N, bits):
@@ -204,6 +209,13 @@ def test_tiles_that_two_blocks_of_wgmma_share(monkeypatch, N, bits):
         found.append(run(spec, weight, x))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+    assert HostFunction.clusters_launched == {1}
+
+
+def test_as_many_tiles_for_each_block_of_wgmma(monkeypatch):
+    """Eight tiles for four blocks: none is shared."""
+    monkeypatch.setattr(gemm, "device", lambda index: replace(A_GPU, multiprocessors=2))
+    check(*make(1000, 160, 4, 32), 140)
     assert HostFunction.clusters_launched == {1}
 
 

@@ -178,9 +178,13 @@ MOST_WIDE_STAGES = 8
 WIDE_TILES = (WideTile(32), WideTile(64), WideTile(96), WideTile(128))
 
 
+# What a block of rows costs beside its rows, for it dequantizes the weight anew: as much as so many.
+DEQUANTIZING_ROWS = 64
+
+
 def wide_tile_for(rows: int) -> WideTile:
-    """The smallest tile that holds `rows`, or the largest of all."""
-    return next((tile for tile in WIDE_TILES if rows <= tile.tokens), WIDE_TILES[-1])
+    """The tile that cuts so many rows into the blocks that cost least."""
+    return min(WIDE_TILES, key=lambda tile: -(-rows // tile.tokens) * (tile.tokens + DEQUANTIZING_ROWS))
 
 
 def every_wide() -> Iterator[WideVariant]:
