@@ -202,21 +202,31 @@ def parts(
     transformers' table tells it of a stack whose rows are numbered through. Raises CheckpointError where
     checkpoints do not keep one matrix, of some rows in a run, for each expert.
     """
-    numbered = torch.arange(experts * rows, device="cpu").view(experts, rows, 1)
+    # Two columns: transformers 5.17 drops dimensions of one.
+    numbered = torch.arange(experts * rows, device="cpu").view(experts, rows, 1).expand(-1, -1, 2)
     shown = checkpoint_names(model, {name: numbered.mT if transposed else numbered})
     found = {}
     for module, part in shown.items():
-        first = int(part.flatten()[0])
-        run = torch.arange(first, first + part.numel(), device="cpu")
-        whole = part.ndim == 2 and first // rows == int(run[-1]) // rows
-        if not whole or not torch.equal(part.flatten(), run):
+        run = _run(part)
+        if run is None or run[0] // rows != (run[1] - 1) // rows:
             raise CheckpointError(
                 f"{name}: checkpoints keep these experts in one stack ({module}), for which the GPTQ format "
                 "has no place"
             )
-        start = first % rows
-        found[module.removesuffix(".weight")] = (first // rows, start, start + part.numel())
+        start = run[0] % rows
+        found[module.removesuffix(".weight")] = (run[0] // rows, start, start + run[1] - run[0])
     return found
+
+
+def _run(part: torch.Tensor) -> tuple[int, int] | None:
+    """(first, last + 1) of a matrix of two columns, or of two rows, that counts up; else None."""
+    if part.ndim == 2:
+        for matrix in (part, part.mT):
+            first, count = int(matrix[0, 0]), len(matrix)
+            counted = torch.arange(first, first + count, device="cpu")[:, None].expand(count, 2)
+            if torch.equal(matrix, counted):
+                return first, first + count
+    return None
 
 
 def is_conv1d(module: nn.Module) -> bool:

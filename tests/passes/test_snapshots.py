@@ -239,10 +239,11 @@ gptq.experts(f32[3, 64], int64[3, 2], f32[3, 2], [gate_up.0 int32[4, 8, 256], ga
 
 
 def split(folder: Path) -> str:
-    """The graph of one rank of two."""
+    """The graph of one rank of two, without what only later versions of transformers write down."""
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
     gptq_fx.quantize(model, gptq_fx.GPTQConfig(lm_head=True), progress=False)
-    return shown(after("lower", model, torch.tensor([[3, 4, 5]])))
+    graph = shown(after("lower", model, torch.tensor([[3, 4, 5]])))
+    return "\n".join(line for line in graph.splitlines() if not line.startswith("redistribute("))
 
 
 def test_one_rank_of_two(tmp_path: Path) -> None:
@@ -252,7 +253,6 @@ def test_one_rank_of_two(tmp_path: Path) -> None:
     assert_expected_inline(
         first,
         """\
-redistribute(f32[1, 3, 64])
 gptq.linear(f32[1, 3, 64], q|k|v.0 int32[8, 64], q|k|v.1 f32[1, 64], 4)
 split_with_sizes(y, [32, 16, 16], -1)
 gptq.linear(f32[1, 3, 32], o.0 int32[4, 64], o.1 f32[1, 64], 4)
@@ -261,6 +261,5 @@ gptq.linear(f32[1, 3, 64], gate|up.0 int32[8, 128], gate|up.1 f32[1, 128], 4)
 split_with_sizes(y, [64, 64], -1)
 gptq.linear(f32[1, 3, 64], down.0 int32[8, 64], down.1 f32[1, 64], 4)
 all_reduce(f32[1, 3, 64], sum, 0)
-gptq.linear(f32[1, 3, 64], lm_head.0 int32[8, 48], lm_head.1 f32[1, 48], 4)
-redistribute(f32[1, 3, 96])""",
+gptq.linear(f32[1, 3, 64], lm_head.0 int32[8, 48], lm_head.1 f32[1, 48], 4)""",
     )
