@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: help setup demo test check test-slow test-cuda test-ascend bench format clean
+.PHONY: help setup demo test check test-slow test-oldest test-cuda test-ascend bench format clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -43,6 +43,12 @@ test-slow: export TORCH_DEVICE_BACKEND_AUTOLOAD = 0
 test-slow: $(READY)  ## the long matrices
 	@echo "== test: pytest -m slow"
 	$(BIN)/python -m pytest -m slow
+
+test-oldest: export TORCH_DEVICE_BACKEND_AUTOLOAD = 0
+test-oldest:  ## the tests with the oldest PyTorch and transformers (own environment, 5 GB of downloads)
+	$(PYTHON) -m venv .cache/oldest
+	.cache/oldest/bin/python -m pip install --disable-pip-version-check -c .ci/oldest.txt -e ".[dev,hf]"
+	.cache/oldest/bin/python -m pytest
 
 test-cuda: $(READY)  ## the tests that need an NVIDIA GPU
 	@echo "== test: pytest -m cuda"
