@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from models import MODELS, ids, logits
-from ranks import on_ranks
+from ranks import needs_transformers_5_23, on_ranks
 from torch import Tensor, nn
 from transformers.distributed import DistributedConfig
 
@@ -22,7 +22,7 @@ OPTIONS = {"inner_backend": "eager", "kernel": "reference"}
 TINY = {"num_hidden_layers": 1, "num_key_value_heads": 4, "intermediate_size": 256}
 
 
-@pytest.fixture(scope="module", params=["llama", "mixtral"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("mixtral", marks=needs_transformers_5_23)])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
     """A folder with a model, dense and quantized, and the logits of the quantized one."""
     folder = tmp_path_factory.mktemp(request.param)
