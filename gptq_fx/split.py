@@ -62,10 +62,8 @@ def ranks_of(model: nn.Module, process_group: Any = None, **settings: object) ->
         if is_split(weight):
             mesh = weight.device_mesh  # type: ignore[attr-defined]
             owner = model.get_submodule(name.rpartition(".")[0])
-            named = (
-                mesh.mesh_dim_names in (("tp",), None) and mesh.ndim == 1
-            )  # transformers 5.17 gives no name
-            if not named or not getattr(owner, "_is_hooked", False):
+            planned = mesh.mesh_dim_names in (("tp",), None) and mesh.ndim == 1  # 5.17 gives no name
+            if not planned or not getattr(owner, "_is_hooked", False):
                 raise CalibrationError(
                     f"calibration: {name} is split over {mesh}. Legal: by a tp_plan of transformers alone, "
                     "from_pretrained(..., distributed_config=DistributedConfig(tp_size=...))"
