@@ -191,7 +191,7 @@ def job(args: Any) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print("RESULT", json.dumps(found), flush=True)
     if dist.is_initialized():
-        torch.compiler.reset()  # NCCL ends when no CUDA graph holds collectives of it, and waits until then
+        torch.compiler.reset()  # else NCCL may wait for CUDA graphs that hold its collectives
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
