@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import EXPERTS, ids, llama, logits, relative
+from models import EXPERTS, MODELS, ids, llama, logits, relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import gptq_fx
 from gptq_fx import CheckpointError, QuantizedParameter
+from gptq_fx.checkpoint import skeleton
 from gptq_fx.checkpoint.inspect import inspect
 
 GROUP = 32
@@ -387,3 +388,20 @@ def test_marlin_has_no_layout_for_narrow_outputs(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"num_key_value_heads": 4', '"num_key_value_heads": 2'))
     with pytest.raises(CheckpointError, match=r"found 64 inputs and 32 outputs\. Legal in Marlin's layout"):
         gptq_fx.from_pretrained(tmp_path / "marlin")
+
+
+@pytest.mark.parametrize("shown_as", [torch.squeeze, torch.t], ids=["without dimensions of one", "turned"])
+def test_parts_of_a_stack_however_transformers_shows_them(
+    monkeypatch: pytest.MonkeyPatch, shown_as: Callable[[Tensor], Tensor]
+) -> None:
+    """Version 5.17 drops dimensions of one."""
+    model = MODELS["mixtral"].build()
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    E, rows, _ = model.get_parameter(name).shape
+    wanted = skeleton.parts(model, name, E, rows, False)
+    names = skeleton.checkpoint_names
+    monkeypatch.setattr(
+        skeleton, "checkpoint_names", lambda *args: {n: shown_as(t) for n, t in names(*args).items()}
+    )
+    assert skeleton.parts(model, name, E, rows, False) == wanted
+    assert len(wanted) == 2 * E

@@ -280,9 +280,10 @@ def main() -> None:
     cli.add_argument("--progress", action="store_true")
     cli.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.bfloat16)
     cli.add_argument("--device", default="cuda")
+    cli.set_defaults(threads=None)  # two on the CPU, else all
     args = cli.parse_args()
-    if args.device == "cpu":
-        torch.set_num_threads(args.threads)
+    if args.threads or args.device == "cpu":
+        torch.set_num_threads(args.threads or 2)
     config = configure(args.model, args.layers)
     if args.profile:
         publish(profile(config, args), args.out)
